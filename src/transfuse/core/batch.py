@@ -1,0 +1,142 @@
+"""The one shape that data has inside the library, whatever the user's data set yields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfuse.core.errors import InputError
+from transfuse.losses.reduction import IGNORE, next_token
+
+WELL_KNOWN = ("inputs", "labels", "index", "mask", "domain", "task")
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+
+
+class Batch(dict[str, Any]):
+    """A dict with attribute access and well-known keys; well-known keys that are absent read as None.
+
+    Keys:
+        inputs: what the model is called with: a tensor, or a mapping of keyword arguments.
+        labels: `(batch,)`, `(batch, tokens)` or `(batch, height, width)` class ids; -100 is "not labelled".
+        index: `(batch,)` ids in the root data set, through any `Subset`.
+        mask: which positions of the logits count, for token-wise data; None counts all.
+        domain, task: `(batch,)` ids where the data has several.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            if name in WELL_KNOWN:
+                return None
+            raise AttributeError(f"this batch has no {name!r}; it has: {', '.join(self)}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        for value in self.values():
+            for tensor in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(tensor, Tensor) and tensor.dim():
+                    return tensor.shape[0]
+        return 0
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; values that are not tensors stay."""
+        return Batch(_map(self, lambda t: t.to(device, non_blocking=True)))
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """The samples from `start` to `stop`."""
+        return Batch(_map(self, lambda t: t[start:stop] if t.dim() else t))
+
+    @classmethod
+    def of(cls, item: Any) -> Batch:
+        """Read what a data set or loader yields.
+
+        Accepts a batch, a tensor (unlabelled inputs), `(inputs,)`, `(inputs, labels)`, a dataclass, or a
+        mapping: with a key `inputs` it is taken as it is, otherwise (Hugging Face style) labels and
+        well-known keys are taken out and the remaining tensors are the inputs.
+
+        Raises:
+            InputError: anything else; the message names the shapes that work.
+        """
+        if isinstance(item, Batch):
+            return item
+        if isinstance(item, Tensor):
+            return cls(inputs=item)
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            item = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+        if isinstance(item, Mapping):
+            return cls._of_mapping(item)
+        if isinstance(item, Sequence) and not isinstance(item, str) and 1 <= len(item) <= 2:
+            inputs, labels = item[0], (item[1] if len(item) == 2 else None)
+            batch = cls._of_mapping(inputs) if isinstance(inputs, Mapping) else cls(inputs=inputs)
+            return batch if labels is None else cls(batch, labels=labels)
+        found = f"{type(item).__name__} of length {len(item)}" if isinstance(item, Sequence) else type(item).__name__
+        raise InputError(
+            f"cannot read a batch from a {found}: expected a tensor, (inputs, labels), or a mapping with "
+            "'inputs' (and 'labels'); pass adapt=your_function to turn what your data yields into one of these"
+        )
+
+    @classmethod
+    def _of_mapping(cls, item: Mapping[str, Any]) -> Batch:
+        if "inputs" in item:
+            return cls(item)
+        names = [name for name in LABEL_NAMES if name in item]
+        batch = cls({"labels": item[names[0]]} if names else {})
+        rest = {k: v for k, v in item.items() if k not in names and isinstance(v, Tensor)}
+        for name in ("index", "mask", "domain", "task"):
+            if name in rest:
+                batch[name] = rest.pop(name)
+        if not rest:
+            raise InputError(f"a batch with the keys {', '.join(item)} holds no input tensor")
+        return cls(batch, inputs=rest)
+
+
+def align_tokens(batch: Batch) -> Batch:
+    """Line labels and mask up with the logits of a language model: position t is scored on token t + 1.
+
+    Done once per batch, before any loss sees it, so no loss shifts. Labels come from the batch or, for
+    unlabelled text, from the tokens; what an attention mask calls padding is never scored.
+    """
+    tokens = token_ids(batch)
+    labels = tokens if batch.labels is None else batch.labels
+    padding = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    for mask in (padding, batch.mask):
+        if mask is not None:
+            labels = labels.masked_fill(~mask.bool(), IGNORE)
+    labels = next_token(labels)
+    return Batch(batch, labels=labels, mask=labels != IGNORE)
+
+
+def mask_tokens(batch: Batch) -> Batch:
+    """The mask of token-wise data whose labels already line up with the logits (tagging, segmentation)."""
+    if batch.mask is not None or batch.labels is None:
+        return batch
+    return Batch(batch, mask=batch.labels != IGNORE)
+
+
+def token_ids(batch: Batch) -> Tensor:
+    """The `(batch, tokens)` token ids of a batch.
+
+    Raises:
+        InputError: the inputs are not token ids.
+    """
+    tokens = batch.inputs.get("input_ids") if isinstance(batch.inputs, Mapping) else batch.inputs
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+        raise InputError("a language model needs integer token ids of shape (batch, tokens) as inputs")
+    return tokens
+
+
+def _map(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
