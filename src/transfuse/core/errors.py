@@ -46,9 +46,7 @@ class MissingExtraError(TransferError, ImportError):
     """An optional dependency is needed."""
 
     def __init__(self, package: str, extra: str, purpose: str):
-        super().__init__(
-            f'{purpose} needs {package}, which is not installed: pip install "transfuse[{extra}]"'
-        )
+        super().__init__(f'{purpose} needs {package}, which is not installed: pip install "transfuse[{extra}]"')
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -20,10 +20,9 @@ def derive(*parts: object) -> int:
 
 def state() -> dict[str, Any]:
     """The state of every global generator: Python, NumPy, torch and the CUDA devices in use."""
-    numpy = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
-        "numpy": {**numpy, "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype("int64"))}},
+        "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
@@ -32,8 +31,7 @@ def state() -> dict[str, Any]:
 def restore(saved: dict[str, Any]) -> None:
     """Set every global generator to a state from :func:`state`."""
     random.setstate(saved["python"])
-    numpy = saved["numpy"]
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype("uint32")}})
+    np.random.set_state(saved["numpy"])
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])
@@ -44,6 +42,22 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class Generators:
+    """A second set of the global generators, for code that draws from them but must not disturb the run."""
+
+    def __init__(self, seed: int):
+        with scope(seed):
+            self._own = state()
+
+    def __enter__(self) -> None:
+        self._outer = state()
+        restore(self._own)
+
+    def __exit__(self, *exception: object) -> None:
+        self._own = state()
+        restore(self._outer)
 
 
 @contextmanager

@@ -56,9 +56,7 @@ class Term:
         if mask is None:
             return cls(values.sum(), float(values.numel()), unit)
         if mask.shape != values.shape:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, the values it selects have {tuple(values.shape)}"
-            )
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, the values it selects have {tuple(values.shape)}")
         return cls(torch.where(mask, values, 0).sum(), mask.sum(), unit)
 
     def __rmul__(self, weight: float) -> Term:

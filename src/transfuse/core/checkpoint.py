@@ -1,0 +1,223 @@
+"""States on disk: nested dicts, lists and tensors as one safetensors file; nothing is ever unpickled.
+
+A checkpoint is a folder with one file for what all processes share and one per process. It is written under
+a temporary name and renamed when it is complete, so the last good one survives whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from transfuse.core.errors import InputError, StoreError
+from transfuse.core.files import sync_folder, temporary
+
+FORMAT = 1
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write a nested state (dicts, lists, tuples, tensors, numbers, strings, None) to one safetensors file.
+
+    Raises:
+        StoreError: the state holds something else, or the file cannot be written; an older file stays intact.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_pack(state, tensors))
+    with temporary(path) as partial:
+        try:
+            save_file(tensors, partial, metadata={"transfuse": skeleton})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load_state(path: Path) -> Any:
+    """Read what :func:`save_state` wrote, on the CPU.
+
+    Raises:
+        StoreError: the file is missing, truncated, altered in form, or not ours.
+    """
+    tensors, metadata = read_tensors(path)
+    if "transfuse" not in metadata:
+        raise StoreError(f"{path} is a safetensors file, but not one of a transfuse run")
+    return _unpack(json.loads(metadata["transfuse"]), tensors)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file.
+
+    Raises:
+        StoreError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"cannot read {path}: it is missing, truncated or no safetensors file ({error})") from None
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's parameters and buffers as a plain safetensors file; tied tensors are written once."""
+    state = model.state_dict()
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for key, tensor in state.items():
+        owner = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), key) if tensor.numel() else key
+        if owner != key:
+            tied[key] = owner
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if k not in tied}
+    with temporary(path) as partial:
+        save_file(tensors, partial, metadata={"tied": json.dumps(tied)})
+
+
+def load_weights(path: Path | str, model: nn.Module) -> None:
+    """Load weights into a model: a safetensors file, or a `.pt`/`.pth`/`.bin` state dict (tensors only).
+
+    Raises:
+        StoreError: the file is unreadable, or a pickle that would have to run code to be loaded.
+        InputError: names or shapes do not fit the model; the first differences are listed.
+    """
+    path = Path(path)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        state = _unpickled(path)
+    else:
+        state, metadata = read_tensors(path)
+        state |= {key: state[owner] for key, owner in json.loads(metadata.get("tied", "{}")).items()}
+    own = model.state_dict()
+    differences = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    differences += [
+        f"{k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if differences:
+        shown = "; ".join(differences[:5]) + (f"; ... ({len(differences)} in all)" if len(differences) > 5 else "")
+        raise InputError(f"the weights in {path} do not fit {type(model).__name__}: {shown}")
+    model.load_state_dict(state)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest complete one, and the one being written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def newest(self) -> Path | None:
+        """The folder of the newest complete checkpoint."""
+        found = [p for p in self.folder.glob("update-*") if p.suffix != ".tmp"]
+        return max(found, key=lambda p: int(p.name.removeprefix("update-")), default=None)
+
+    def save(self, update: int, shared: Any, own: Any, sync: Any) -> Path:
+        """Write a checkpoint; every process calls this. Older ones are removed once it is complete.
+
+        Raises:
+            StoreError: it could not be written; the older one is intact.
+        """
+        final = self.folder / f"update-{update}"
+        partial = final.with_suffix(".tmp")
+        if sync.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            _make(partial)
+        sync.barrier()
+        if sync.rank == 0:
+            save_state(partial / "shared.safetensors", {"format": FORMAT, "world": sync.world, "state": shared})
+        save_state(partial / f"rank{sync.rank}.safetensors", own)
+        sync.barrier()
+        if sync.rank == 0:
+            if final.exists():  # the same update again, for instance right after a resume
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            sync_folder(self.folder)
+            for old in self.folder.glob("update-*"):
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+        sync.barrier()
+        return final
+
+    def load(self, sync: Any) -> tuple[Any, Any] | None:
+        """The shared and the own state of the newest checkpoint, or None where there is none.
+
+        Raises:
+            StoreError: it is unreadable, of another format, or was written by another number of processes.
+        """
+        newest = self.newest
+        if newest is None:
+            return None
+        shared = load_state(newest / "shared.safetensors")
+        if shared["format"] != FORMAT:
+            raise StoreError(f"{newest} has checkpoint format {shared['format']}, this version reads {FORMAT}")
+        if shared["world"] != sync.world:
+            raise StoreError(
+                f"{newest} was written by {shared['world']} process(es) and cannot go on with {sync.world}: "
+                f"launch {shared['world']}"
+            )
+        return shared["state"], load_state(newest / f"rank{sync.rank}.safetensors")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StoreError(f"cannot create {folder}: {error.strerror or error}") from None
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise StoreError(f"there is no file {path}") from None
+    except Exception as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise StoreError(
+                f"{path} is a pickle that runs code when it is loaded, so it is refused. If you trust whoever "
+                "made it, convert it once: safetensors.torch.save_file(torch.load(path, weights_only=False)"
+                ".state_dict(), 'model.safetensors')"
+            ) from None
+        raise StoreError(f"cannot read {path}: it is truncated or no checkpoint ({type(error).__name__})") from None
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise StoreError(f"{path} holds no state dict: expected a mapping from parameter names to tensors")
+    return dict(state)
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Replace tensors by references and mark what JSON cannot tell apart."""
+    if isinstance(value, Tensor):
+        key = f"t{len(tensors)}"
+        # A clone: tensors that share memory cannot be written side by side.
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [_pack(v, tensors) for v in value]}
+    if type(value).__module__ == "numpy":
+        return {"numpy": _pack(torch.from_numpy(value.astype("int64")), tensors), "dtype": str(value.dtype)}
+    raise StoreError(f"a {type(value).__name__} cannot be saved in a checkpoint: use tensors, numbers, strings, lists")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "dict" in value:
+            return {_unpack(k, tensors): _unpack(v, tensors) for k, v in value["dict"]}
+        if "tuple" in value:
+            return tuple(_unpack(v, tensors) for v in value["tuple"])
+        if "numpy" in value:
+            return _unpack(value["numpy"], tensors).numpy().astype(value["dtype"])
+        return [_unpack(v, tensors) for v in value["list"]]
+    return value

@@ -1,0 +1,82 @@
+"""What a model gives back, read once and the same for every kind of model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from transfuse.core.errors import InputError
+
+
+@dataclass(slots=True)
+class Outputs:
+    """The result of one forward pass.
+
+    Attributes:
+        raw: exactly what the model returned; None where the pass was stopped at a layer.
+        features: what the taps read, under the names that were asked for; a wildcard gives a list.
+    """
+
+    raw: Any
+    features: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits in float32, `(batch, classes)`, `(batch, tokens, vocabulary)` or `(batch, classes, h, w)`.
+
+        Raises:
+            InputError: the model returned something in which no logits can be found.
+        """
+        logits = find_logits(self.raw)
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def find_logits(raw: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, an object or mapping with `logits`, or a tuple's first."""
+    if isinstance(raw, Tensor):
+        return raw
+    if isinstance(raw, Mapping) and isinstance(raw.get("logits"), Tensor):
+        return raw["logits"]
+    if isinstance(getattr(raw, "logits", None), Tensor):
+        return raw.logits
+    if isinstance(raw, tuple | list) and raw and isinstance(raw[0], Tensor):
+        return raw[0]
+    has = f" with {', '.join(map(str, raw))}" if isinstance(raw, Mapping) else ""
+    raise InputError(
+        f"no logits in what the model returned, a {type(raw).__name__}{has}: "
+        "expected a tensor, something with 'logits', or a tuple whose first element is a tensor; "
+        "wrap the model in an nn.Module that returns its logits"
+    )
+
+
+def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = None) -> Any:
+    """Call a model the way its inputs ask for: `model(**inputs)` for a mapping, else `model(inputs)`.
+
+    A mapping with a single entry whose name `forward` does not know is passed by position, so that
+    `{"image": tensor}` fits any vision model.
+
+    Args:
+        params: parameters and buffers to use in the place of the model's own.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if not isinstance(inputs, Mapping):
+        args = (inputs,)
+    elif len(inputs) == 1 and not _accepts(type(model), next(iter(inputs))):
+        args = tuple(inputs.values())
+    else:
+        kwargs = dict(inputs)
+    return model(*args, **kwargs) if params is None else functional_call(model, dict(params), args, kwargs)
+
+
+@lru_cache(maxsize=256)
+def _accepts(model: Any, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,200 @@
+"""The object a method works with: it runs models, knows the time, and keeps what must not move from moving."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfuse.core import rng
+from transfuse.core.batch import Batch
+from transfuse.core.clock import Clock
+from transfuse.core.errors import InputError, nearest
+from transfuse.core.outputs import Outputs, call, find_logits
+from transfuse.core.phases import Phase
+from transfuse.core.streams import Data
+from transfuse.core.sync import Sync
+from transfuse.core.taps import Stopped, Swap, Taps
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """One run of a method: `run(role, batch)` is the only way a method calls a model.
+
+    Attributes:
+        clock: where the stage stands.
+        phase: the phase at work, or None between steps.
+        rep: which repetition of the phase, from 0.
+        data: the caller's data by name.
+        task: `"classification"`, `"language-model"`, ...
+        device, rank, world: where this process runs.
+    """
+
+    def __init__(
+        self,
+        roles: Mapping[str, nn.Module],
+        data: Mapping[str, Data],
+        *,
+        sync: Sync | None = None,
+        precision: str = "fp32",
+        task: str = "classification",
+        seed: int = 0,
+        shuffled: bool = False,
+    ):
+        if precision not in PRECISIONS:
+            raise InputError(f"unknown precision {precision!r}: {nearest(precision, PRECISIONS)}")
+        self.roles, self.data, self.sync = dict(roles), data, sync or Sync()
+        self.device, self.rank, self.world = self.sync.device, self.sync.rank, self.sync.world
+        self.precision, self.task, self.seed, self.shuffled = PRECISIONS[precision], task, seed, shuffled
+        self.clock, self.rep = Clock(), 0
+        self.phase: Phase | None = None
+        self._taps: dict[str, Taps] = {}
+        self._wants: dict[str, list[str]] = {}
+        self._learning: set[str] = set()
+        self._train: set[str] = set()
+        self._shared = self._shares_modules()
+
+    def __getitem__(self, role: str) -> nn.Module:
+        if role not in self.roles:
+            raise InputError(f"this run has no {role!r}: {nearest(role, self.roles)}")
+        return self.roles[role]
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.roles
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the source roles."""
+        return [role for role in self.roles if role == "source" or role.startswith("source.")]
+
+    def __call__(
+        self,
+        role: str,
+        batch: Batch,
+        grad: bool = True,
+        params: Mapping[str, Tensor] | None = None,
+        swap: Swap | None = None,
+        until: str | None = None,
+    ) -> Outputs:
+        """Run a model on a batch, with autocast, taps, and buffers that move only while the model learns.
+
+        Args:
+            role: `"target"`, `"source"`, `"source.0"`, ...
+            batch: the model is called with its `inputs`.
+            grad: False runs without a graph.
+            params: parameters and buffers to use in the place of the model's own, by name.
+            swap: activations to put in the place of tapped ones.
+            until: stop after this tap; the outputs then have no logits.
+        """
+        model = self[role]
+        if role not in self._taps:
+            self._taps[role] = Taps(model, self._wants.get(role, ()), batch.inputs)
+        if self._shared:
+            self.set_modes(self._train, only=role)
+        if role not in self._learning and model.training:
+            # Running statistics belong to a model that learns; here it works on copies of them.
+            params = {**{name: buffer.clone() for name, buffer in model.named_buffers()}, **(params or {})}
+        taps = self._taps[role]
+        autocast = torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()
+        with nullcontext() if grad else torch.no_grad(), autocast, taps.open(swap, until) as features:
+            try:
+                raw = call(model, batch.inputs, params)
+            except Stopped:
+                raw = None
+        outputs = Outputs(raw, features)
+        return self._shuffle(outputs) if self.shuffled and role in self.sources else outputs
+
+    def install(self, wants: Mapping[str, list[str]]) -> None:
+        """Declare the taps of every role; each is put in place when the role sees its first batch."""
+        for role in wants:
+            self[role]
+        self._wants = dict(wants)
+
+    def remove_taps(self) -> None:
+        """Leave every model as it was found."""
+        for taps in self._taps.values():
+            taps.remove()
+        self._taps = {}
+
+    def set_modes(self, train: set[str], only: str | None = None) -> None:
+        """Put the roles in `train` into train mode and every other into eval mode."""
+        self._train = train
+        for role in (only,) if only else sorted(self.roles, key=lambda r: r in train):
+            self.roles[role].train(role in train)
+
+    @contextmanager
+    def during(self, phase: Phase, rep: int) -> Iterator[None]:
+        """The phase at work: its roles learn, all others keep their buffers."""
+        self.phase, self.rep = phase, rep
+        self._learning = self._roles_of(phase)
+        try:
+            yield
+        finally:
+            self.phase, self._learning = None, set()
+
+    @contextmanager
+    def probe(self) -> Iterator[None]:
+        """Work on the models and leave no trace: buffers, modes, gradients and random numbers are put back."""
+        modules = [m for model in self.roles.values() for m in model.modules()]
+        modes = [m.training for m in modules]
+        buffers = [(b, b.clone()) for model in self.roles.values() for b in model.buffers()]
+        params = [p for model in self.roles.values() for p in model.parameters()]
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        try:
+            with rng.scope(rng.derive(self.seed, "probe", self.clock.stage, self.clock.step)):
+                yield
+        finally:
+            for module, training in zip(modules, modes, strict=True):
+                module.training = training
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+    def shared_rng(self, *purpose: object) -> torch.Generator:
+        """Random numbers that are the same in every process, for choices of structure (what to reset, whom to pick)."""
+        return torch.Generator().manual_seed(rng.derive(self.seed, self.clock.stage, self.clock.step, *purpose))
+
+    def clone(self, role: str) -> nn.Module:
+        """A copy of a role without its taps."""
+        if role in self._taps:
+            self._taps.pop(role).remove()
+        return copy.deepcopy(self[role])
+
+    def _roles_of(self, phase: Phase) -> set[str]:
+        moved = {id(p) for p in phase.params}
+        return {role for role, model in self.roles.items() if any(id(p) in moved for p in model.parameters())}
+
+    def _shares_modules(self) -> bool:
+        seen: set[int] = set()
+        for model in self.roles.values():
+            own = {id(m) for m in model.modules()}
+            if seen & own:
+                return True
+            seen |= own
+        return False
+
+    def _shuffle(self, outputs: Outputs) -> Outputs:
+        """Give every sample the outputs of another one: the control arm that has a teacher but no knowledge."""
+        logits = find_logits(outputs.raw)
+        size = logits.shape[0]
+        if size < 2:
+            raise InputError("a shuffled teacher needs at least two samples in every micro-batch")
+        cycle = torch.randperm(size, device=logits.device)
+        order = torch.empty_like(cycle)
+        order[cycle] = cycle.roll(1)
+
+        def permute(value: Any) -> Any:
+            if isinstance(value, list):
+                return [permute(v) for v in value]
+            return value[order] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+
+        return Outputs(logits[order], {name: permute(value) for name, value in outputs.features.items()})

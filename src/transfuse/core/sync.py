@@ -1,0 +1,82 @@
+"""How the processes of a run agree: nothing to do for one, flat all-reduces for several.
+
+One all-reduce per phase instead of a wrapper around the model: it carries several optimisers, frozen
+phases, gradient rows for solvers and ranks with different amounts of work, which DDP does not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Sync:
+    """One process.
+
+    Args:
+        device: where models and batches go; by default the first accelerator, else the CPU.
+    """
+
+    rank = 0
+    world = 1
+
+    def __init__(self, device: str | torch.device | None = None):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = torch.device(device) if device is not None else (accelerator or torch.device("cpu"))
+
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients of the parameters over the processes."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        return values
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the tensors of the first."""
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+
+
+class Distributed(Sync):
+    """Several processes, started by `accelerate launch` (or `torchrun`)."""
+
+    def __init__(self, device: str | torch.device | None = None):
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
+        super().__init__(state.device)
+        self.rank, self.world = state.process_index, state.num_processes
+
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        groups: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in parameters:
+            groups.setdefault(p.dtype, []).append(p)
+        for dtype, group in groups.items():
+            # A parameter may have a gradient here and none elsewhere; the flags say on which it exists at all.
+            flags = torch.tensor([float(p.grad is not None) for p in group], dtype=dtype, device=group[0].device)
+            parts = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in group]
+            flat = self.sum(torch.cat([flags, *parts]))
+            values = flat[len(group) :].split([p.numel() for p in group])
+            for p, exists, value in zip(group, flat[: len(group)].tolist(), values, strict=True):
+                p.grad = value.view_as(p).clone() if exists else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(values.device)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+
+def sync_for(device: str | torch.device | None = None) -> Sync:
+    """The right one for this process: several when a launcher says so, else one."""
+    return Distributed(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Sync(device)

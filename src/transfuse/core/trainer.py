@@ -1,0 +1,562 @@
+"""The loop: stages, steps, phases, micro-batches. Methods describe, this runs.
+
+Killed at any point and resumed, a run ends bit-identical on the same machine: everything that moves is in the
+checkpoint, the order of the data is a pure function of a position, and random numbers belong to the run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from transfuse.core import rng
+from transfuse.core.batch import Batch, align_tokens, mask_tokens
+from transfuse.core.checkpoint import Checkpoints
+from transfuse.core.clock import Clock
+from transfuse.core.errors import DivergenceError, InputError, MethodError, StoreError
+from transfuse.core.method import Method
+from transfuse.core.phases import Observe, Phase, Stage
+from transfuse.core.run import Run
+from transfuse.core.streams import Cursor, Data, Draw, Indexed, Stream
+from transfuse.core.sync import Sync
+from transfuse.core.training import Training
+from transfuse.core.update import Update, count_units
+from transfuse.core.watch import FIRST, Watch, fingerprint
+
+RECORDS = 200
+"""A learning curve has about this many points, whatever the length of the run."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; the message says where the checkpoint is and how to go on."""
+
+
+class Trainer:
+    """Runs one method once.
+
+    Args:
+        method: what to do.
+        roles: the models by role: `"target"`, `"source"`, ...; all but what the method moves stay bit-identical.
+        data: data by name, as the method's stages call it.
+        training: how long and how.
+        folder: where checkpoints go; None writes none.
+        validate: scores the target, for curves and `keep="best"`; higher is better.
+        sync: how processes agree; pass `Sync()` for a trainer inside another.
+        task: `"classification"`, `"language-model"`, `"token-classification"`, `"segmentation"`.
+        shuffled: give every sample the source's outputs for another one (the control arm).
+        listener: called after each update with this trainer and, when one was made, a record of the curve.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        roles: Mapping[str, nn.Module],
+        data: Mapping[str, Data],
+        training: Training,
+        *,
+        folder: Path | None = None,
+        validate: Callable[[nn.Module], float] | None = None,
+        sync: Sync | None = None,
+        task: str = "classification",
+        shuffled: bool = False,
+        listener: Callable[[Trainer, dict[str, Any] | None], None] | None = None,
+    ):
+        self.method, self.training, self.validate, self.listener = method, training, validate, listener
+        self.sync = sync or Sync()
+        self.run = Run(
+            roles,
+            data,
+            sync=self.sync,
+            precision=training.precision,
+            task=task,
+            seed=training.seed,
+            shuffled=shuffled,
+        )
+        self.checkpoints = Checkpoints(folder) if folder else None
+        self.scaler = torch.amp.GradScaler(self.run.device.type, enabled=training.precision == "fp16")
+        self.watch = Watch()
+        self.updates = 0
+        """Updates done over all stages."""
+        self.history: list[dict[str, Any]] = []
+        """The learning curve: one record every so many updates."""
+        self.stage: Stage | None = None
+        self.average: AveragedModel | None = None
+        self._number, self._opened, self._used = 0, False, False
+        self._optimizers: dict[str, Optimizer] = {}
+        self._cursors: dict[str, Cursor] = {}
+        self._best: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None
+        self._window: dict[str, list[float]] = {}
+        self._last: dict[str, tuple[float, float | None]] = {}
+        self._schedule = training.make_schedule()
+        self._frozen: dict[str, dict[str, int]] = {}
+        self._moving: set[str] = set()
+        self._stop = False
+        self._saved_at = time.monotonic()
+
+    @property
+    def clock(self) -> Clock:
+        """Where the current stage stands."""
+        return self.run.clock
+
+    @property
+    def target(self) -> nn.Module:
+        """The target, or its moving average where one is kept."""
+        return self.average.module if self.average else self.run["target"]
+
+    def fit(self, resume: bool = False) -> nn.Module:
+        """Run every stage and return what the method deploys.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder, if there is one.
+
+        Raises:
+            InputError: called a second time; unusable data; a checkpoint of another method or training.
+            DivergenceError: a term is not finite; the last good checkpoint is kept.
+            Interrupted: the user stopped the run.
+        """
+        if self._used:
+            raise InputError("this trainer has run already, and its method and target have moved: make a new one")
+        self._used = True
+        seed = rng.derive(self.training.seed, "run", self.sync.rank)
+        with rng.scope(seed), torch.enable_grad(), self._interruptible():
+            try:
+                self._start(resume)
+                while self._enter_stage():
+                    self._run_stage()
+                    self._leave_stage()
+            finally:
+                self.run.remove_taps()
+        if self.average:
+            self.run["target"].load_state_dict(self.average.module.state_dict())
+        return self.method.deploy(self.run["target"])
+
+    # One stage -------------------------------------------------------------------------------------------------
+
+    def _start(self, resume: bool) -> None:
+        for model in self.run.roles.values():
+            model.to(self.run.device)
+        self._frozen = {role: fingerprint(model) for role, model in self.run.roles.items()}
+        if self.training.ema is not None:
+            self.average = AveragedModel(self.run["target"], multi_avg_fn=get_ema_multi_avg_fn(self.training.ema))
+        first = next(iter(self.run.data.values()), None)
+        sample = first.sample(self.training.batch_size) if first else None
+        self.run.install(self.method.wants())
+        self.run.set_modes(set())
+        with self.run.probe():
+            self.method.setup(self.run, None if sample is None else self._ready(sample))
+        self.method.to(self.run.device)
+        self._agree()
+        if resume and self.checkpoints and (saved := self.checkpoints.load(self.sync)):
+            self._load(*saved)
+
+    def _enter_stage(self) -> bool:
+        resumed, self._pending = self._pending, None
+        if resumed is None:
+            self.run.clock = Clock(self._number)
+        if not self._opened:
+            if not self.method.begin_stage(self._number, self.run):
+                return False
+            self._agree()
+            self._opened = True
+        self.stage = stage = self.method.stage(self._number, self.run)
+        self._check_side_parameters(stage)
+        self._moving |= set(self.method.keeps) | {r for p in stage.trained for r in self.run._roles_of(p)}
+        self.run.set_modes(set(stage.train))
+        self._cursors = {name: self._cursor(name, s) for name, s in stage.streams.items()}
+        self._optimizers = {p.name: (p.optim or self.training.make_optimizer)(p.groups) for p in stage.trained}
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+        self._set_length(stage)
+        if resumed is None:
+            self._save()
+        else:
+            self._load_stage(resumed)
+        return True
+
+    def _run_stage(self) -> None:
+        assert self.stage is not None
+        clock = self.clock
+        while clock.step < clock.steps:
+            if clock.per_epoch and clock.step % clock.per_epoch == 0:
+                self.method.begin_epoch(self.run)
+            micro = self._draw()
+            counts = count_units(self.method, micro)
+            micro = [{name: batch.to(self.run.device) for name, batch in batches.items()} for batches in micro]
+            for phase in self.stage.phases:
+                if isinstance(phase, Observe):
+                    with torch.no_grad():
+                        for batches in micro:
+                            phase.fn(batches, self.run)
+                else:
+                    for rep in range(phase.times):
+                        with self.run.during(phase, rep):
+                            self._update(phase, micro, counts)
+            clock.step += 1
+            self.updates += 1
+            if self.average:
+                self.average.update_parameters(self.run["target"])
+            record = self._record()
+            if self.listener:
+                self.listener(self, record)
+            self._maybe_save()
+
+    def _leave_stage(self) -> None:
+        assert self.stage is not None
+        self.method.end_stage(self._number, self.run)
+        self._agree()
+        if self.stage.keep == "best" and self._best:
+            self.target.load_state_dict(self._best["state"])
+        self._best = None
+        self._check_frozen()
+        self._number, self._opened = self._number + 1, False
+        self.run.clock = Clock(self._number)
+        self._save()
+
+    # One update ------------------------------------------------------------------------------------------------
+
+    def _update(self, phase: Phase, micro: list[dict[str, Batch]], local: dict[str, float]) -> None:
+        optimizer, step = self._optimizers[phase.name], self.clock.step
+        optimizer.zero_grad()
+        update = Update(phase, local, self._totals(local), self.sync, self.scaler)
+        norms: dict[str, float] | None = None
+        for batches in micro:
+            terms = phase.loss(batches, self.run)
+            if norms is None and self.watch.due(step):
+                norms = self.watch.norms(phase, terms, update.totals)
+            update.add(terms)
+        update.finish()
+        values = self._checked(phase, update, micro, norms)
+        self.scaler.unscale_(optimizer)
+        if phase.combine:
+            for p, gradient in zip(phase.shared, phase.combine(update.rows(), self.run), strict=True):
+                p.grad = gradient
+        if phase.edit:
+            given = {p: p.grad for p in phase.params if p.grad is not None}
+            for p, gradient in (phase.edit(given, self.run) or given).items():
+                p.grad = gradient
+        if step < FIRST:
+            self.watch.untaught(phase, self._parameter_names(), update.terms, step)
+        if self.training.clip:
+            torch.nn.utils.clip_grad_norm_(phase.params, self.training.clip)
+        schedule = phase.schedule or self._schedule
+        factor = schedule(self.clock)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.method.after_update(phase, values, self.run)
+
+    def _checked(
+        self, phase: Phase, update: Update, micro: list[dict[str, Batch]], norms: dict[str, float] | None
+    ) -> dict[str, Tensor]:
+        """The values of the update, after every check on them, noted for the learning curve."""
+        values = update.values()
+        # Reading a number makes an accelerator wait, so there it is done now and then.
+        if self.run.device.type != "cpu" and self.clock.step % 10:
+            return values
+        update.check_counts()
+        numbers = {name: float(value) for name, value in values.items()}
+        broken = [name for name, number in numbers.items() if not math.isfinite(number)]
+        if broken:
+            raise DivergenceError(self._explain(phase, broken, micro))
+        weights = {name: term.weight for name, term in update.terms.items()}
+        self.watch.values(phase, numbers, weights)
+        if norms is not None:
+            self.watch.shares(phase, norms, weights, self.clock.step)
+        for name, number in numbers.items():
+            key = name if len(self._optimizers) == 1 else f"{phase.name}/{name}"
+            self._window.setdefault(key, []).append(number)
+            self._last[key] = (weights[name], (norms or {}).get(name))
+        return values
+
+    def _explain(self, phase: Phase, broken: list[str], micro: list[dict[str, Batch]]) -> str:
+        """Why a term is not finite: the data, or the training."""
+        where = f"at update {self.clock.step} of stage {self._number}, phase {phase.name!r}"
+        kept = self.checkpoints.newest if self.checkpoints else None
+        after = f" The last good checkpoint is kept in {kept}." if kept else ""
+        for name, batch in ((n, b) for batches in micro for n, b in batches.items()):
+            tensors = batch.inputs if isinstance(batch.inputs, Mapping) else {"inputs": batch.inputs}
+            for key, tensor in tensors.items():
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                    rows = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten()
+                    ids = batch.index[rows.to(batch.index.device)] if batch.index is not None else rows
+                    return (
+                        f"the data holds values that are not finite: {key!r} of stream {name!r}, samples "
+                        f"{ids[:5].tolist()}; so {', '.join(broken)} is not finite {where}. Clean the data.{after}"
+                    )
+        return (
+            f"the term {' and '.join(map(repr, broken))} is not finite {where}. Lower the learning rate "
+            f"(now {self._optimizers[phase.name].param_groups[0]['lr']:.2g}), or clip gradients with clip=1.0.{after}"
+        )
+
+    def _totals(self, local: dict[str, float]) -> dict[str, float]:
+        if self.sync.world == 1:
+            return local
+        total = self.sync.sum(torch.tensor(list(local.values()), dtype=torch.float64))
+        return dict(zip(local, total.tolist(), strict=True))
+
+    # Data ------------------------------------------------------------------------------------------------------
+
+    def _cursor(self, name: str, stream: Stream | Data) -> Cursor:
+        stream = stream if isinstance(stream, Stream) else Stream(stream, shuffle=self.training.shuffle)
+        size, world = stream.batch_size or self.training.batch_size, self.sync.world
+        if isinstance(stream.data, Indexed):
+            held = stream.data.size
+            if held < size:
+                raise InputError(
+                    f"the data of {name!r} has {held} samples, fewer than one batch of {size}: "
+                    f"use batch_size={held} or less"
+                )
+            if size < world or 0 < held % size < world:
+                raise InputError(
+                    f"{held} samples of {name!r} in batches of {size} leave some update with fewer samples than the "
+                    f"{world} processes: choose another batch_size"
+                )
+        draw = Draw(
+            batch_size=size,
+            micro_batch=self.training.micro_batch,
+            shuffle=stream.shuffle,
+            seed=rng.derive(self.training.seed, "data", self._number),
+            rank=self.sync.rank,
+            world=world,
+            workers=self.training.workers,
+        )
+        return Cursor(Stream(stream.data, size, stream.shuffle), draw, name)
+
+    def _draw(self) -> list[dict[str, Batch]]:
+        """The micro-batches of the next update, one batch per stream in each, still on the CPU."""
+        drawn = {name: cursor.next() for name, cursor in self._cursors.items()}
+        pieces = len(next(iter(drawn.values())))
+        for name, batches in drawn.items():
+            if len(batches) != pieces:
+                raise InputError(
+                    f"stream {name!r} gives {len(batches)} micro-batches where the first stream gives {pieces}: "
+                    "choose batch sizes that are the same number of micro-batches"
+                )
+        return [{name: self._prepared(batches[i]) for name, batches in drawn.items()} for i in range(pieces)]
+
+    def _prepared(self, batch: Batch) -> Batch:
+        if batch.inputs is None or self.run.task == "classification":
+            return batch
+        return align_tokens(batch) if self.run.task == "language-model" else mask_tokens(batch)
+
+    def _ready(self, batch: Batch) -> Batch:
+        return self._prepared(batch).to(self.run.device)
+
+    def _set_length(self, stage: Stage) -> None:
+        first = next(iter(self._cursors.values())).stream
+        per_epoch = first.data.updates(first.batch_size or self.training.batch_size)
+        epochs = stage.epochs if stage.epochs or stage.steps else self.training.epochs
+        steps = stage.steps if stage.epochs or stage.steps else self.training.steps
+        if steps is None:
+            if per_epoch is None:
+                raise InputError("this data has no length, so epochs mean nothing: say steps=...")
+            steps = round((epochs or 0) * per_epoch)
+        self.clock.steps, self.clock.per_epoch = max(1, round(steps * stage.share)), per_epoch
+
+    # Keeping ---------------------------------------------------------------------------------------------------
+
+    def _record(self) -> dict[str, Any] | None:
+        """A point of the learning curve, when one is due."""
+        clock = self.clock
+        every = self.training.validate_every or clock.per_epoch
+        last = clock.step == clock.steps
+        score = None
+        if self.validate and (last or (every and clock.step % every == 0)):
+            self._agree_buffers()
+            with rng.scope(0), torch.no_grad():
+                score = self.validate(self.target)
+            self.run.set_modes(set(self.stage.train if self.stage else ()))
+            if self.stage and self.stage.keep == "best" and (self._best is None or score > self._best["score"]):
+                state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
+                self._best = {"score": score, "state": state}
+        if score is None and not last and clock.step % max(1, clock.steps // RECORDS):
+            return None
+        terms = {
+            name: {
+                "raw": sum(values) / len(values),
+                "weighted": self._last[name][0] * sum(values) / len(values),
+                "gradient_norm": self._last[name][1],
+            }
+            for name, values in self._window.items()
+        }
+        self._window = {}
+        epoch = clock.step / clock.per_epoch if clock.per_epoch else 0.0
+        loss = sum(t["weighted"] for t in terms.values())
+        record = {"step": self.updates, "epoch": epoch, "loss": loss, "terms": terms, "validate": score}
+        self.history.append(record)
+        return record
+
+    def _maybe_save(self) -> None:
+        due = time.monotonic() - self._saved_at >= self.training.checkpoint_every
+        if self.sync.world > 1:
+            flags = self.sync.sum(torch.tensor([float(self._stop), float(due and self.sync.rank == 0)]))
+            self._stop, due = bool(flags[0]), bool(flags[1])
+        if due or self._stop:
+            self._save()
+        if self._stop:
+            if self.checkpoints is None:
+                raise Interrupted(f"stopped after update {self.updates}; no folder was given, so nothing was saved")
+            raise Interrupted(
+                f"stopped after update {self.updates}; the checkpoint is {self.checkpoints.newest}. "
+                "Go on with `transfuse resume`, or fit(resume=True)"
+            )
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        moving = [self.run[role] for role in sorted(self._moving)]
+        for module in (self.method, *moving):
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise DivergenceError(
+                        f"{name} is no longer finite after update {self.updates}, so nothing was saved over the last "
+                        f"good checkpoint {self.checkpoints.newest}. Lower the learning rate or clip gradients"
+                    )
+        shared = {
+            "fingerprint": self._fingerprint(),
+            "number": self._number,
+            "opened": self._opened,
+            "updates": self.updates,
+            "step": self.clock.step,
+            "history": self.history,
+            "window": self._window,
+            "last": self._last,
+            "watch": self.watch.state_dict(),
+            "moving": {role: self.run[role].state_dict() for role in sorted(self._moving)},
+            "method": self.method.state_dict(),
+            "optimizers": {name: o.state_dict() for name, o in self._optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "best": self._best,
+            "cursors": {name: c.state_dict() for name, c in self._cursors.items()},
+        }
+        self.checkpoints.save(self.updates, shared, {"rng": rng.state()}, self.sync)
+        self._saved_at = time.monotonic()
+
+    def _load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        """Take over what belongs to the run; what belongs to the stage waits until it is described."""
+        differences = [
+            f"{key} was {shared['fingerprint'].get(key)}, is now {value}"
+            for key, value in self._fingerprint().items()
+            if shared["fingerprint"].get(key) != value
+        ]
+        if differences:
+            raise InputError(
+                f"the checkpoint in {self.checkpoints and self.checkpoints.newest} belongs to another run: "
+                f"{'; '.join(differences)}"
+            )
+        try:
+            for role, state in shared["moving"].items():
+                self.run[role].load_state_dict(state)
+            self.method.load_state_dict(shared["method"])
+        except RuntimeError as error:
+            raise StoreError(f"the checkpoint does not fit these models: {error}") from None
+        if self.average:
+            self.average.load_state_dict(shared["average"])
+        self.method.to(self.run.device)
+        self._moving = set(shared["moving"])
+        self.history, self.updates = shared["history"], shared["updates"]
+        self._number, self._opened, self._best = shared["number"], shared["opened"], shared["best"]
+        self.watch.load_state_dict(shared["watch"])
+        if self._opened:
+            self.run.clock = Clock(self._number, shared["step"])
+            self._pending = {**shared, **own}
+        else:
+            self.run.clock = Clock(self._number)
+            rng.restore(own["rng"])
+
+    def _load_stage(self, shared: dict[str, Any]) -> None:
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(shared["optimizers"][name])
+        self.scaler.load_state_dict(shared["scaler"])
+        for name, cursor in self._cursors.items():
+            cursor.load_state_dict(shared["cursors"][name])
+        self._window, self._last = shared["window"], shared["last"]
+        # Last of all: describing the stage may have drawn random numbers.
+        rng.restore(shared["rng"])
+
+    def _fingerprint(self) -> dict[str, str]:
+        """What must be the same for a checkpoint to go on."""
+        skip = {"workers", "checkpoint_every", "optimizer"}
+        return {
+            "method": repr(self.method),
+            "target": type(self.run["target"]).__name__,
+            "task": self.run.task,
+            "shuffled": str(self.run.shuffled),
+            **{f.name: str(getattr(self.training, f.name)) for f in fields(self.training) if f.name not in skip},
+        }
+
+    # Agreement and checks --------------------------------------------------------------------------------------
+
+    def _agree(self) -> None:
+        """Give every process the method's state of the first: structure may have been drawn at random."""
+        self.sync.broadcast(t.data for t in (*self.method.parameters(), *self.method.buffers()))
+
+    def _agree_buffers(self) -> None:
+        for role in sorted(self._moving):
+            self.sync.broadcast(self.run[role].buffers())
+
+    def _parameter_names(self) -> dict[nn.Parameter, str]:
+        names = {p: f"method.{name}" for name, p in self.method.named_parameters()}
+        for role, model in self.run.roles.items():
+            names |= {p: f"{role}.{name}" for name, p in model.named_parameters()}
+        return names
+
+    def _check_side_parameters(self, stage: Stage) -> None:
+        moved = {p for phase in stage.trained for p in phase.params}
+        names = self._parameter_names()
+        orphans = [names[p] for p in self.method.learns(self._number) if p.requires_grad and p not in moved]
+        if orphans:
+            raise MethodError(
+                f"{type(self.method).__name__}: no phase of stage {self._number} trains {', '.join(orphans[:4])}. "
+                "Put it into a phase, make it a buffer, or leave it out of learns()"
+            )
+
+    def _check_frozen(self) -> None:
+        for role, before in self._frozen.items():
+            if role not in self._moving:
+                after = fingerprint(self.run[role])
+                if after != before:
+                    moved = [name for name in before if before[name] != after.get(name)]
+                    raise MethodError(
+                        f"the role {role!r} moved ({', '.join(moved[:3])}) although no phase trains it: a resumed run "
+                        "would differ. Name it in the method's keeps if that is meant"
+                    )
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C or a termination request ends the run after the update at work; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._stop = True
+
+        try:
+            for number in handlers:
+                signal.signal(number, ask)
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

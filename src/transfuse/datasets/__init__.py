@@ -1,0 +1,50 @@
+"""Loaders for real data that needs no network, and adaptors for the user's own; all return :class:`Splits`.
+
+A loader finds its data inside a package or on disk, or says what to install or where to put it. Nothing in
+the library depends on this folder: any data set, loader or iterable of the user's own does as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transfuse.core.registry import call_named
+from transfuse.datasets.digits import digits
+from transfuse.datasets.fashion import fashion_mnist
+from transfuse.datasets.folder import image_folder
+from transfuse.datasets.hub import hf_dataset
+from transfuse.datasets.splits import Splits
+from transfuse.datasets.table import table
+from transfuse.datasets.text import byte_text
+
+__all__ = [
+    "DATASETS",
+    "Splits",
+    "byte_text",
+    "digits",
+    "fashion_mnist",
+    "hf_dataset",
+    "image_folder",
+    "load",
+    "table",
+]
+
+DATASETS: dict[str, Callable[..., Splits]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "image-folder": image_folder,
+    "table": table,
+    "hf": hf_dataset,
+    "text": byte_text,
+}
+"""Loaders by the name that a recipe gives them."""
+
+
+def load(name: str, /, **arguments: Any) -> Splits:
+    """Load a data set by its recipe name: `load("digits", labels=50)`.
+
+    Raises:
+        InputError: unknown name or argument, and what the loader itself raises.
+    """
+    return call_named("data set", DATASETS, name, arguments)

@@ -1,0 +1,13 @@
+"""Distillation: knowledge carried by what a teacher says, or how it sees, the same samples.
+
+Read :mod:`transfuse.distill.base` first, then any one method: each file is one system.
+"""
+
+from transfuse.distill.attention_transfer import AttentionTransfer
+from transfuse.distill.base import Distillation
+from transfuse.distill.hints import Hints
+from transfuse.distill.kd import KD
+from transfuse.distill.labels import Labels
+from transfuse.distill.rkd import RKD
+
+__all__ = ["KD", "RKD", "AttentionTransfer", "Distillation", "Hints", "Labels"]

@@ -1,0 +1,41 @@
+"""The mathematics that methods share: pure functions, tensors in, tensors out, torch only.
+
+- :mod:`~transfuse.losses.divergence`: student against teacher logits, one value per sample, token or pixel
+- :mod:`~transfuse.losses.supervised`: logits against labels, one value per label
+- :mod:`~transfuse.losses.feature`: student against teacher features, one value per sample
+- :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
+- :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
+
+What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
+"""
+
+from transfuse.losses.divergence import (
+    Direction,
+    jensen_shannon,
+    kl_divergence,
+    skew_kl,
+    soft_cross_entropy,
+)
+from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
+from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
+from transfuse.losses.relation import rkd_angle, rkd_distance
+from transfuse.losses.supervised import cross_entropy
+
+__all__ = [
+    "IGNORE",
+    "Direction",
+    "Term",
+    "attention_map",
+    "attention_transfer",
+    "classes_last",
+    "cross_entropy",
+    "jensen_shannon",
+    "kl_divergence",
+    "mask_from_lengths",
+    "mean_squared_error",
+    "next_token",
+    "rkd_angle",
+    "rkd_distance",
+    "skew_kl",
+    "soft_cross_entropy",
+]

@@ -1,0 +1,62 @@
+"""Losses against labels.
+
+One value per label; sums, masks and averages are in :mod:`transfuse.losses.reduction`, losses against a
+teacher's distribution in :mod:`transfuse.losses.divergence`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfuse.losses._inputs import at_least_float32
+from transfuse.losses.reduction import IGNORE, classes_last
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each label, 0 where the label is :data:`~transfuse.losses.reduction.IGNORE`.
+
+    Args:
+        logits: `(batch, classes)`, `(batch, tokens, vocabulary)` or `(batch, classes, height, width)`.
+        labels: class indices, int64: `(batch,)`, `(batch, tokens)` or `(batch, height, width)`.
+        label_smoothing: share of the target, in [0, 1], that is spread evenly over all classes.
+
+    Returns:
+        Values in the shape of `labels`, in float32 at least.
+
+    Raises:
+        ValueError: the shapes do not belong together, or a label is out of range. The range is checked on
+            the CPU only: on a GPU it would make the host wait for the device.
+
+    >>> import torch
+    >>> cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, IGNORE]))
+    tensor([0.6931, 0.6931, 0.0000])
+    """
+    scores = at_least_float32(classes_last(logits))
+    if labels.shape != scores.shape[:-1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
+            f"found {tuple(labels.shape)}: give one class index per row of logits"
+        )
+    if labels.device.type == "cpu":
+        _require_in_range(labels, scores.shape[-1])
+    values = F.cross_entropy(
+        scores.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return values.view_as(labels)
+
+
+def _require_in_range(labels: Tensor, classes: int) -> None:
+    used = labels[labels != IGNORE]
+    if used.numel() == 0:
+        return
+    low, high = (int(end) for end in used.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1} for {classes} classes, found {low}..{high}: give the model "
+            f"more classes, renumber the labels, or mark those without a class as {IGNORE}"
+        )

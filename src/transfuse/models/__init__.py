@@ -1,0 +1,40 @@
+"""Small reference networks, sized for CPUs, for the proofs, benchmarks, examples and tests.
+
+They are plain modules with the layer names that are common in the field, and nothing in the library
+depends on them: any `nn.Module` of the user's own stands wherever one of these does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from transfuse.core.registry import call_named
+from transfuse.models.cnn import SmallCNN
+from transfuse.models.lm import DecoderLM
+from transfuse.models.mlp import MLP
+from transfuse.models.resnet import ResNet, resnet8, resnet20
+from transfuse.models.vit import ViTTiny
+
+__all__ = ["MLP", "MODELS", "DecoderLM", "ResNet", "SmallCNN", "ViTTiny", "build", "resnet8", "resnet20"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "small-cnn": SmallCNN,
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+    "vit-tiny": ViTTiny,
+    "decoder-lm": DecoderLM,
+}
+"""Networks by the name that a recipe gives them."""
+
+
+def build(name: str, /, **arguments: Any) -> nn.Module:
+    """Make a network by its recipe name: `build("resnet8", channels=1)`.
+
+    Raises:
+        InputError: unknown name or argument.
+    """
+    return call_named("model", MODELS, name, arguments)

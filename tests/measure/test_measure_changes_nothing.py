@@ -1,0 +1,46 @@
+"""Measures read; they neither write to their inputs nor draw from the global random state (S23)."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from transfuse import measure
+
+LOGITS = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+TEACHER = torch.randn(20, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+LABELS = torch.arange(20) % 3
+
+CALLS = {
+    "bootstrap": lambda: measure.bootstrap(LOGITS.T),
+    "paired": lambda: measure.paired(LOGITS.T, TEACHER.T),
+    "correct": lambda: measure.correct(LOGITS, LABELS),
+    "negative_log_likelihood": lambda: measure.negative_log_likelihood(LOGITS, LABELS),
+    "per_class_accuracy": lambda: measure.per_class_accuracy(LOGITS.detach()[:, 0], LABELS, 3),
+    "per_class_gain": lambda: measure.per_class_gain(LOGITS.T, TEACHER.T, LABELS, 3),
+    "agreement": lambda: measure.agreement(LOGITS, TEACHER),
+    "held_out_kl": lambda: measure.held_out_kl(LOGITS, TEACHER),
+    "disagreement": lambda: measure.disagreement(LOGITS, TEACHER, 3),
+    "reliability": lambda: measure.reliability(LOGITS, LABELS),
+    "expected_calibration_error": lambda: measure.expected_calibration_error(LOGITS, LABELS),
+    "cost": lambda: measure.cost(torch.nn.Dropout(), LOGITS),
+}
+
+
+def test_every_measure_is_watched_here():
+    functions = {n for n in measure.__all__ if n.islower() and n != "verdict"}
+    assert set(CALLS) == functions
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_changes_nothing(name):
+    tensors = [LOGITS, TEACHER, LABELS]
+    before = [t.detach().clone() for t in tensors]
+    states = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
+    result = CALLS[name]()
+    assert all(t.equal(b) for t, b in zip(tensors, before, strict=True))
+    assert torch.get_rng_state().equal(states[0])
+    assert [random.getstate(), str(np.random.get_state())] == states[1:]
+    assert LOGITS.grad is None
+    assert not (isinstance(result, torch.Tensor) and result.requires_grad)
