@@ -161,8 +161,8 @@ def classification() -> dict[str, Any]:
         "name": "CIFAR-10: ResNet-18 to a small CNN",
         "method": "KD(temperature=4)",
         "verdict": "arrived",
-        "why": "KD beats the same student trained from scratch with every seed, and a shuffled teacher gives nothing: "
-        "what the teacher knows is what helped.",
+        "why": "KD beats the same student trained from scratch with every seed, and a shuffled teacher gives "
+        "nothing: what the teacher knows is what helped.",
         "gain": arms[0]["gain"],
         "arms": arms,
         "source": {"name": "ResNet-18", "value": 0.9487, "metrics": {"ece": 0.0312, "nll": 0.182}},

@@ -30,7 +30,8 @@ def test_the_file_holds_the_keys_it_was_built_from(classification: Content, tmp_
 
 def test_null_is_the_default_of_what_may_be_null(minimal: Content) -> None:
     report = Report.model_validate(minimal)
-    assert report.gain is report.source is report.classes is report.disagreement is report.arms[0].calibration is None
+    assert report.gain is report.source is report.classes is report.disagreement is None
+    assert report.arms[0].calibration is None
     assert report.warnings == []
 
 
@@ -139,7 +140,7 @@ def test_a_write_replaces_the_old_file(minimal: Content, tmp_path: Path) -> None
 
 
 def test_a_missing_folder_is_named(minimal: Content, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="Check that .*/none exists"):
+    with pytest.raises(StoreError, match=r"Check that .*/none exists"):
         Report.model_validate(minimal).write(tmp_path / "none" / "report.json")
 
 

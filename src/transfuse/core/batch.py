@@ -115,9 +115,11 @@ def align_tokens(batch: Batch) -> Batch:
     return Batch(batch, labels=labels, mask=labels != IGNORE)
 
 
-def mask_tokens(batch: Batch) -> Batch:
-    """The mask of token-wise data whose labels already line up with the logits (tagging, segmentation)."""
-    if batch.mask is not None or batch.labels is None:
+def line_up(batch: Batch, task: str) -> Batch:
+    """Make labels and mask of a batch line up with the logits, as the task says; afterwards no loss has to."""
+    if task == "language-model":
+        return align_tokens(batch)
+    if task == "classification" or batch.labels is None or batch.mask is not None:
         return batch
     return Batch(batch, mask=batch.labels != IGNORE)
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfuse.core import rng
-from transfuse.core.batch import Batch, align_tokens, mask_tokens
+from transfuse.core.batch import Batch, line_up
 from transfuse.core.checkpoint import Checkpoints
 from transfuse.core.clock import Clock
 from transfuse.core.errors import DivergenceError, InputError, MethodError, StoreError
@@ -157,7 +157,7 @@ class Trainer:
         self.run.install(self.method.wants())
         self.run.set_modes(set())
         with self.run.probe():
-            self.method.setup(self.run, None if sample is None else self._ready(sample))
+            self.method.setup(self.run, sample and line_up(sample, self.run.task).to(self.run.device))
         self.method.to(self.run.device)
         self._agree()
         if resume and self.checkpoints and (saved := self.checkpoints.load(self.sync)):
@@ -348,15 +348,7 @@ class Trainer:
                     f"stream {name!r} gives {len(batches)} micro-batches where the first stream gives {pieces}: "
                     "choose batch sizes that are the same number of micro-batches"
                 )
-        return [{name: self._prepared(batches[i]) for name, batches in drawn.items()} for i in range(pieces)]
-
-    def _prepared(self, batch: Batch) -> Batch:
-        if batch.inputs is None or self.run.task == "classification":
-            return batch
-        return align_tokens(batch) if self.run.task == "language-model" else mask_tokens(batch)
-
-    def _ready(self, batch: Batch) -> Batch:
-        return self._prepared(batch).to(self.run.device)
+        return [{name: line_up(batches[i], self.run.task) for name, batches in drawn.items()} for i in range(pieces)]
 
     def _set_length(self, stage: Stage) -> None:
         first = next(iter(self._cursors.values())).stream

@@ -41,7 +41,7 @@ def render(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    for filter in (
+    for written in (
         numbers.number,
         numbers.signed,
         numbers.bounds,
@@ -49,7 +49,7 @@ def render(report: Report) -> str:
         numbers.percent,
         numbers.duration,
     ):
-        environment.filters[filter.__name__] = filter
+        environment.filters[written.__name__] = written
     template = environment.from_string((files(__package__) / "template.html.j2").read_text(encoding="utf-8"))
     drawn = sections(report)
     return template.render(
@@ -59,9 +59,7 @@ def render(report: Report) -> str:
         sections=drawn,
         figures={p.id: {"data": p.data, "layout": p.layout} for pictures in drawn.values() for p in pictures},
         costs=cost_rows(report),
-        run_warnings=[
-            (arm.name, run.seed, warning) for arm in report.arms for run in arm.runs for warning in run.warnings
-        ],
+        run_warnings=[(arm.name, run.seed, text) for arm in report.arms for run in arm.runs for text in run.warnings],
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
         machine=report.machine.model_dump(exclude_none=True),
         plotlyjs=get_plotlyjs(),
@@ -97,7 +95,7 @@ def cost_rows(report: Report) -> list[CostRow]:
             name,
             source="" if source is None else numbers.amount(source, unit),
             target=numbers.amount(target, unit),
-            ratio="" if source is None or target == 0 else f"{source / target:.3g}×",
+            ratio="" if source is None or target == 0 else f"{source / target:.3g}x",
         )
 
     rows = [

@@ -29,6 +29,7 @@ WORSE = "#CC3311"
 GREY = "#808890"
 FAINT = "rgba(128,136,144,0.28)"
 CLEAR = "rgba(0,0,0,0)"
+ZERO_LINE: Json = {"zeroline": True, "zerolinecolor": GREY, "zerolinewidth": 2, "rangemode": "tozero"}
 
 MAX_POINTS = 400  # drawn of one line
 MAX_BARS = 40  # classes with a gain bar
@@ -97,7 +98,7 @@ def metric_curves(report: Report) -> Picture | None:
         f"Each arm's mean over seeds; thin lines are single seeds. {better.capitalize()} is better. "
         "Look whether the method leads at the end, not only on the way.",
         data,
-        _layout(320, xaxis=_axis("update"), yaxis=_axis(report.metric)),
+        _layout(340, xaxis=_axis("update"), yaxis=_axis(report.metric)),
         _arm_legend(report, data),
     )
 
@@ -113,7 +114,7 @@ def loss_curves(report: Report) -> Picture | None:
         "Arms minimise different losses, so compare shapes, not heights: a line still falling at its end "
         "was stopped early. Of long runs, evenly spaced points are drawn.",
         data,
-        _layout(320, xaxis=_axis("update"), yaxis=_axis("loss")),
+        _layout(340, xaxis=_axis("update"), yaxis=_axis("loss")),
         _arm_legend(report, data),
     )
 
@@ -142,10 +143,10 @@ def arm_gains(report: Report) -> Picture | None:
     return Picture(
         "arm-gains",
         f"gain in {report.metric}",
-        "Right of the zero line is better than the arm named second. An interval that crosses zero shows no effect; "
-        "a control should sit on the line.",
+        "Right of the zero line is better than the arm named second. An interval that crosses zero shows "
+        "no effect; a control should sit on the line.",
         data,
-        _layout(96 + 58 * len(gains), xaxis=_axis("gain", **_ZERO), yaxis=_names_axis(names)),
+        _layout(114 + 58 * len(gains), xaxis=_axis("gain", **ZERO_LINE), yaxis=_names_axis(names)),
     )
 
 
@@ -168,7 +169,7 @@ def class_gains(report: Report) -> Picture | None:
             "error_x": _error(means, [e.low for e in gains], [e.high for e in gains], GREY, 1.5),
             "marker": {"color": [METHOD_COLOUR if mean >= 0 else WORSE for mean in means], "opacity": 0.85},
             "customdata": [[entry.low, entry.high, entry.count] for entry in gains],
-            "hovertemplate": "%{x:+.4f}<br>[%{customdata[0]:+.4f}, %{customdata[1]:+.4f}]"
+            "hovertemplate": "%{y}: %{x:+.4f}<br>[%{customdata[0]:+.4f}, %{customdata[1]:+.4f}]"
             "<br>%{customdata[2]} samples<extra></extra>",
         }
     ]
@@ -179,9 +180,9 @@ def class_gains(report: Report) -> Picture | None:
         f"An interval that crosses zero may be chance.{note}",
         data,
         _layout(
-            90 + 26 * len(gains),
-            xaxis=_axis("gain", **_ZERO),
-            yaxis=_names_axis([_label(entry.name) for entry in gains]),
+            108 + 26 * len(gains),
+            xaxis=_axis("gain", **ZERO_LINE),
+            yaxis=_names_axis([_label(entry.name, 24) for entry in gains]),
             bargap=0.35,
         ),
     )
@@ -234,11 +235,11 @@ def calibration(report: Report) -> Picture | None:
     return Picture(
         "calibration",
         "calibration",
-        "On the diagonal an arm is right as often as it says; below it, it is too sure of itself, above it too modest. "
-        "The bars count the samples behind each point: trust tall ones.",
+        "On the diagonal an arm is right as often as it says; below it, it is too sure of itself, above it "
+        "too modest. The bars count the samples behind each point: trust tall ones.",
         data,
         _layout(
-            400,
+            420,
             xaxis=_axis("confidence", range=[0, 1.02], anchor="y2"),
             yaxis=_axis("accuracy", range=[0, 1.02], domain=[0.32, 1]),
             yaxis2=_axis("samples", domain=[0, 0.22], nticks=3),
@@ -255,7 +256,9 @@ def disagreement(report: Report) -> Picture | None:
     names = report.classes or [str(i) for i in range(len(matrix))]
     apart = [sum(row) + sum(r[i] for r in matrix) - 2 * row[i] for i, row in enumerate(matrix)]
     shown = sorted(sorted(range(len(matrix)), key=lambda i: -apart[i])[:MAX_CELLS])
-    note = f" The {len(shown)} classes of {len(matrix)} with most of it are drawn." if len(shown) < len(matrix) else ""
+    note = ""
+    if len(shown) < len(matrix):
+        note = f" The {len(shown)} classes of {len(matrix)} with most of it are drawn."
     total = sum(map(sum, matrix))
     differ = sum(apart) // 2
     cells = [[None if row == column else matrix[row][column] for column in shown] for row in shown]
@@ -277,11 +280,11 @@ def disagreement(report: Report) -> Picture | None:
     return Picture(
         "disagreement",
         "where target and source disagree",
-        f"They differ on {differ:,} of {total:,} samples. Rows: what the source says; columns: what the target "
-        f"says instead. The diagonal, where they agree, is left empty.{note}",
+        f"They differ on {differ:,} of {total:,} samples. Rows: what the source says; columns: what the "
+        f"target says instead. The diagonal, where they agree, is left empty.{note}",
         data,
         _layout(
-            110 + max(22, min(34, 340 // len(shown))) * len(shown),
+            128 + max(22, min(34, 340 // len(shown))) * len(shown),
             xaxis=_names_axis(labels, title="target says", tickangle=-45 if len(shown) > 4 else 0),
             yaxis=_names_axis(labels, title="source says"),
         ),
@@ -301,7 +304,7 @@ def loss_terms(report: Report) -> Picture | None:
         "Solid: what a term adds to the loss; dotted: before its weight. A solid line far below the others "
         "barely steers the training; one that stays flat is not learned.",
         data,
-        _layout(340, xaxis=_axis("update"), yaxis=_positive_axis("loss term", data)),
+        _layout(360, xaxis=_axis("update"), yaxis=_positive_axis("loss term", data)),
         list(weighted),
     )
 
@@ -317,7 +320,7 @@ def gradient_norms(report: Report) -> Picture | None:
         "gradient norm of each term",
         "How hard each weighted term pulls at the parameters. A term a hundred times below the others teaches nothing.",
         data,
-        _layout(340, xaxis=_axis("update"), yaxis=_positive_axis("gradient norm", data)),
+        _layout(360, xaxis=_axis("update"), yaxis=_positive_axis("gradient norm", data)),
         list(lines),
     )
 
@@ -352,7 +355,7 @@ def _arm_legend(report: Report, data: Sequence[Json]) -> list[tuple[str, Style]]
 
 
 def _term_lines(report: Report, pick: Callable[[LossTerm], float | None], look: Style) -> dict[tuple[str, Style], Json]:
-    """By legend entry a line for each term of the method's loss, the mean over seeds, in the term's colour."""
+    """By legend entry, the mean over seeds of each term of the method's loss, in its colour."""
     arm = report.method_arm
     names = dict.fromkeys(name for run in arm.runs for point in run.curve for name in point.terms)
     found = {}
@@ -386,19 +389,18 @@ def _mean(lines: Sequence[dict[int, float]]) -> dict[int, float]:
 
 def _line(values: dict[int, float]) -> Json:
     """A trace through `values`; long ones are thinned evenly from the end, so that the last point stays."""
-    steps = sorted(values)
-    steps = steps[:: -math.ceil(len(steps) / MAX_POINTS) or -1][::-1]
+    stride = max(1, math.ceil(len(values) / MAX_POINTS))
+    steps = sorted(values)[::-1][::stride][::-1]
     mode = "lines+markers" if len(steps) == 1 else "lines"
     return {"type": "scatter", "mode": mode, "x": steps, "y": [values[step] for step in steps]}
 
 
-def _label(name: str, length: int = 24) -> str:
+def _label(name: str, length: int = 60) -> str:
     """A name as Plotly shall print it: cut to `length`, its markup inert."""
     return html.escape(name if len(name) <= length else name[: length - 1] + "…", quote=False)
 
 
-def _error(means: Iterable[float], lows: Iterable[float], highs: Iterable[float], colour: str, width: float) -> Json:
-    means = list(means)
+def _error(means: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str, width: float) -> Json:
     return {
         "type": "data",
         "symmetric": False,
@@ -408,9 +410,6 @@ def _error(means: Iterable[float], lows: Iterable[float], highs: Iterable[float]
         "thickness": width,
         "width": 5,
     }
-
-
-_ZERO: Json = {"zeroline": True, "zerolinecolor": GREY, "zerolinewidth": 2, "rangemode": "tozero"}
 
 
 def _axis(title: str, **more: Any) -> Json:
@@ -425,7 +424,7 @@ def _axis(title: str, **more: Any) -> Json:
 
 
 def _names_axis(names: Sequence[str], title: str = "", **more: Any) -> Json:
-    """Names at 0, 1, ... from the top. Numbers, not categories: two names may be equal, or look like a date."""
+    """Names at 0, 1, ... from the top. Not categories: two names may be equal, or look like a date."""
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": list(names)}
     edge = len(names) - 0.5
     across = "tickangle" in more
@@ -435,7 +434,7 @@ def _names_axis(names: Sequence[str], title: str = "", **more: Any) -> Json:
 def _positive_axis(title: str, data: Iterable[Json]) -> Json:
     """Logarithmic when every value allows it."""
     values = [y for line in data for y in line["y"]]
-    if min(values) <= 0:
+    if min(values, default=0) <= 0:
         return _axis(title)
     # Ticks at 1, 2, 5 over a few decades, at powers of ten over many.
     return _axis(title, type="log", tickformat="~g", dtick="D2" if max(values) < 1000 * min(values) else 1)
@@ -444,7 +443,7 @@ def _positive_axis(title: str, data: Iterable[Json]) -> Json:
 def _layout(height: int, **more: Any) -> Json:
     return {
         "height": height,
-        "margin": {"l": 12, "r": 14, "t": 12, "b": 12},
+        "margin": {"l": 12, "r": 14, "t": 30, "b": 12},  # the top holds the tool bar, off the data
         "paper_bgcolor": CLEAR,
         "plot_bgcolor": CLEAR,
         "font": {

@@ -53,7 +53,7 @@ class LossTerm(Part):
 
 
 class CurvePoint(Part):
-    """What was logged at one update. `validate` (the metric on validation data) is null between validations."""
+    """Logged at one update. `validate`, the metric on validation data, is null between validations."""
 
     step: int
     epoch: float
@@ -76,11 +76,11 @@ class Run(Part):
 
 
 class Calibration(Part):
-    """A reliability curve: per bin its mean confidence and accuracy (null when empty) and its sample count."""
+    """A reliability curve: per bin the mean confidence and accuracy (null when empty) and sample count."""
 
     confidence: list[float | None]
     accuracy: list[float | None]
-    count: list[int]
+    count: list[int] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _bins_match(self) -> Self:
@@ -121,7 +121,7 @@ class Source(Part):
 
 
 class ClassGain(Part):
-    """The method's gain on the samples of one class, of which there are `count`. The name's key is "class"."""
+    """The method's gain on the `count` samples of one class. The key of the name is "class"."""
 
     name: str = Field(alias="class")
     gain: float
@@ -131,7 +131,7 @@ class ClassGain(Part):
 
 
 class Disagreement(Part):
-    """How often the source says the row's class and the method's target the column's, `(classes, classes)`."""
+    """How often the source says the row's class and the target the column's, `(classes, classes)`."""
 
     matrix: list[list[int]]
 
@@ -207,9 +207,8 @@ class Report(Part):
         if len(methods) != 1:
             raise ValueError(f'exactly one arm must have the role "method", found {methods}')
         if self.classes and self.disagreement and len(self.classes) != len(self.disagreement.matrix):
-            raise ValueError(
-                f"the disagreement matrix has {len(self.disagreement.matrix)} rows for {len(self.classes)} classes"
-            )
+            rows = len(self.disagreement.matrix)
+            raise ValueError(f"the disagreement matrix has {rows} rows for {len(self.classes)} classes")
         return self
 
     @property
@@ -249,6 +248,7 @@ class Report(Part):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors()]
-            listed = "\n  ".join(problems[:10])
-            raise InputError(f"{what} is not a report of format 1 ({len(problems)} problems):\n  {listed}") from error
+            problems = [f"\n  {'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors()]
+            raise InputError(
+                f"{what} is not a report of format 1, {len(problems)} problems:{''.join(problems[:10])}"
+            ) from error

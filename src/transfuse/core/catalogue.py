@@ -1,0 +1,163 @@
+"""Every method with its card, read from the source without importing torch.
+
+Cards are literals in the class body (`card = Card(...)`), so the catalogue parses the files of the family
+folders instead of importing them: `transfuse methods` answers at once, and nothing can go stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transfuse.core.card import Card
+from transfuse.core.errors import InputError, nearest
+
+FAMILIES = (
+    "distill",
+    "weights",
+    "adapt",
+    "cotrain",
+    "continual",
+    "federated",
+    "discover",
+    "synthesize",
+    "infer",
+    "search",
+    "measure",
+)
+PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in the catalogue.
+
+    Attributes:
+        name: of its class; `summary` is the first line of its docstring, `doc` the rest of it too.
+        family: the folder it lives in; `module` is the full module name.
+    """
+
+    name: str
+    family: str
+    module: str
+    summary: str
+    doc: str
+    card: Card
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `transfuse methods --json`."""
+        return {
+            "name": self.name,
+            "sheet": self.card.sheet,
+            "family": self.family,
+            "module": self.module,
+            "summary": self.summary,
+            **{k: v for k, v in asdict(self.card).items() if k != "sheet"},
+        }
+
+    def load(self) -> Any:
+        """The class itself."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+@cache
+def entries() -> tuple[Entry, ...]:
+    """Every method that has a card, by family and name."""
+    found = [entry for family in FAMILIES for path in sorted((PACKAGE / family).glob("*.py")) for entry in _read(path)]
+    return tuple(sorted(found, key=lambda e: (FAMILIES.index(e.family), e.name.lower())))
+
+
+def find(name: str) -> Entry:
+    """The entry of a method, by its class's name, in any case.
+
+    Raises:
+        InputError: there is none; the nearest names are given.
+    """
+    for entry in entries():
+        if entry.name.lower() == name.lower().replace("-", "").replace("_", ""):
+            return entry
+    raise InputError(f"no method is called {name!r}: {nearest(name, (e.name for e in entries()))}")
+
+
+def select(
+    family: str | None = None, data: str | None = None, teacher: str | None = None, task: str | None = None
+) -> list[Entry]:
+    """The methods that fit a situation.
+
+    Args:
+        family: one of `FAMILIES`.
+        data: what the user has: `"labelled"` data serves methods that need less, `"none"` only those that need none.
+        teacher: what the source gives: `"features"` includes full logits, `"none"` is no source at all.
+        task: what the models do.
+
+    Raises:
+        InputError: a word that the catalogue does not know.
+    """
+    from transfuse.core.card import DATA, TASKS, TEACHERS
+
+    for value, known, what in (
+        (family, FAMILIES, "family"),
+        (data, DATA, "data"),
+        (teacher, TEACHERS, "teacher"),
+        (task, TASKS, "task"),
+    ):
+        if value is not None and value not in known:
+            raise InputError(f"unknown {what} {value!r}: {nearest(value, known)}")
+    return [
+        e
+        for e in entries()
+        if (family is None or e.family == family)
+        and (data is None or e.card.data in SERVES_DATA[data])
+        and (teacher is None or e.card.teacher in SERVES_TEACHER[teacher])
+        and (task is None or task in e.card.tasks)
+    ]
+
+
+SERVES_DATA = {
+    "labelled": ("labelled", "few-labelled", "unlabelled", "none"),
+    "few-labelled": ("few-labelled", "unlabelled", "none"),
+    "unlabelled": ("unlabelled", "none"),
+    "private": ("private",),
+    "none": ("none",),
+}
+SERVES_TEACHER = {
+    "features": ("features", "full", "none"),
+    "full": ("full", "none"),
+    "topk": ("topk", "none"),
+    "sampled": ("sampled", "none"),
+    "text": ("text", "none"),
+    "weights": ("weights", "none"),
+    "none": ("none",),
+}
+
+
+def working_with(gives: Iterable[str]) -> list[str]:
+    """The names of the methods that a source with these capabilities can serve."""
+    gives = set(gives)
+    return [e.name for e in entries() if not e.card.control and e.card.teacher in gives]
+
+
+def _read(path: Path) -> list[Entry]:
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and (card := _card(node)):
+            doc = ast.get_docstring(node) or ""
+            module = f"transfuse.{path.parent.name}.{path.stem}"
+            found.append(Entry(node.name, path.parent.name, module, doc.partition("\n")[0], doc, card))
+    return found
+
+
+def _card(node: ast.ClassDef) -> Card | None:
+    for statement in node.body:
+        if (
+            isinstance(statement, ast.Assign)
+            and isinstance(call := statement.value, ast.Call)
+            and any(isinstance(t, ast.Name) and t.id == "card" for t in statement.targets)
+        ):
+            return Card(**{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
+    return None

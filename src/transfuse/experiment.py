@@ -1,0 +1,621 @@
+"""One call: train a method and its baselines under the same budget and seeds, and say whether knowledge arrived."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfuse.comparison import ArmResult, ArmRun, Facts, compare
+from transfuse.core import rng
+from transfuse.core.batch import Batch, token_ids
+from transfuse.core.checkpoint import load_state, load_weights, save_state, save_weights
+from transfuse.core.errors import InputError, ShapeError, TransferError, nearest
+from transfuse.core.files import write_atomically
+from transfuse.core.method import Method
+from transfuse.core.outputs import call, find_logits
+from transfuse.core.run import Run
+from transfuse.core.streams import Adapt, Data, Indexed, as_data
+from transfuse.core.sync import sync_for
+from transfuse.core.teacher import as_teacher, gives, require
+from transfuse.core.trainer import Trainer
+from transfuse.core.training import Training
+from transfuse.core.watch import TransferWarning
+from transfuse.distill import Labels
+from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
+from transfuse.losses import IGNORE
+from transfuse.measure import cost
+from transfuse.report.schema import Report
+
+ARMS = ("scratch", "finetune", "shuffled teacher")
+"""The arms that every comparison can name, besides methods."""
+
+Target = nn.Module | Callable[[], nn.Module]
+Listener = Callable[[str, int, Trainer], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the target: the method, a baseline, or a control."""
+
+    name: str
+    role: str
+    method: Method
+    shuffled: bool = False
+    fresh: bool = False
+    labelled_only: bool = False
+
+    @property
+    def folder(self) -> str:
+        """A name for the file system."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a transfer gives back.
+
+    Attributes:
+        model: the trained target of the first seed, of exactly the class that was passed in, in eval mode.
+        report: whether the knowledge arrived.
+    """
+
+    model: nn.Module
+    report: Report
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `model.safetensors`, `report.json`, `report.html` and `recipe.json`; return the folder.
+
+        Raises:
+            StoreError: the folder cannot be written to.
+        """
+        from transfuse.report import write_html
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(folder / "model.safetensors", self.model)
+        self.report.write(folder / "report.json")
+        write_html(self.report, folder / "report.html")
+        write_atomically(folder / "recipe.json", json.dumps(self.report.recipe, indent=2))
+        return folder
+
+
+def transfer(
+    method: Method,
+    source: nn.Module | Callable[..., Tensor] | None = None,
+    target: Target | None = None,
+    data: Any = None,
+    **options: Any,
+) -> Result:
+    """Move knowledge from a source into a target over data, by a method, and report whether it arrived.
+
+    Args:
+        method: what to do, for instance `KD(temperature=4) + 0.5 * Hints("layer2", "layer3")`.
+        source: the teacher: a model, or any function from inputs to logits. It stays bit-identical.
+        target: the student: a model, or a function that builds one (then every seed has its own initial weights).
+            Yours is not changed; the trained copy is `result.model`.
+        data: what is trained on: a data set, tensors, a DataLoader, a list of batches or a function that returns
+            an iterator; `(inputs, labels)`, mappings and unlabelled tensors all work. Or a dict of several by name.
+        options: as for :class:`Transfer`: `validate`, `test`, `compare`, `seeds`, `out`, ..., and everything
+            that :class:`~transfuse.core.training.Training` takes: `epochs`, `batch_size`, `lr`, ...
+
+    Raises:
+        TransferError: with what was expected, what was found and what to do, before training where possible.
+    """
+    return Transfer(method, source, target, data, **options).run()
+
+
+class Transfer:
+    """A transfer that can be checked before it is run, and resumed after it was interrupted.
+
+    Args:
+        method, source, target, data: as for :func:`transfer`.
+        validate: held-out data for learning curves and for choosing; also for the report where `test` is not given.
+        test: held-out data for the report.
+        compare: arms to train under the same budget and seeds: `"scratch"` (the target with new initial weights,
+            labels only), `"finetune"` (the target as given, labels only), `"shuffled teacher"` (the method, every
+            sample taught with another sample's outputs), or methods.
+        seeds: each arm is trained once per seed.
+        task: `"classification"`, `"language-model"`, `"token-classification"` or `"segmentation"`; found out from
+            one batch by default.
+        classes: names of the classes, for the report.
+        adapt: function from what the data yields to `(inputs, labels)`, a mapping or a batch.
+        collate: function from a list of samples to a batch; by default samples are stacked, or padded.
+        out: folder for checkpoints, results and the report; None keeps everything in memory.
+        device: where to run; by default the first accelerator, else the CPU.
+        name: of the transfer, for the report.
+        recipe: what to show as the recipe; by default the arguments.
+        listener: called after every update with the arm's name, the seed and the trainer.
+        training: everything :class:`~transfuse.core.training.Training` takes: `epochs` or `steps`, ...
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        source: nn.Module | Callable[..., Tensor] | None = None,
+        target: Target | None = None,
+        data: Any = None,
+        *,
+        validate: Any = None,
+        test: Any = None,
+        compare: Sequence[str | Method] = (),
+        seeds: Sequence[int] = (0,),
+        task: str | None = None,
+        classes: Sequence[str] | None = None,
+        adapt: Adapt | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        out: str | Path | None = None,
+        device: str | torch.device | None = None,
+        name: str = "transfer",
+        recipe: Mapping[str, Any] | None = None,
+        listener: Listener | None = None,
+        **training: Any,
+    ):
+        if not isinstance(method, Method):
+            raise InputError(f"method is a {type(method).__name__}: expected a method, for instance KD()")
+        if target is None:
+            raise InputError("a transfer needs a target: pass target=model, or a function that builds one")
+        if data is None:
+            raise InputError("a transfer needs data: pass data=...")
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise InputError(f"seeds are {list(seeds)}: give at least one, each once")
+        self.method, self.target = method, target
+        self.source = None if source is None else as_teacher(source)
+        if self.source is None and method.uses_source:
+            raise InputError(f"{method!r} needs a source: pass source=teacher")
+        if self.source is target:
+            raise InputError("source and target are the same object: pass copy.deepcopy(source) as the target")
+        streams = data if isinstance(data, dict) and not _is_tensors(data) else {"data": data}
+        self.data = {stream: as_data(value, adapt, collate) for stream, value in streams.items()}
+        self.validate = None if validate is None else as_data(validate, adapt, collate)
+        self.test = self.validate if test is None else as_data(test, adapt, collate)
+        known = {f for f in Training.__dataclass_fields__ if f != "seed"}
+        for option in training:
+            if option not in known:
+                raise InputError(f"transfer has no option {option!r}: {nearest(option, known | set(OPTIONS))}")
+        self.training = Training(**training)
+        self.seeds, self.classes, self.name = tuple(seeds), classes, name
+        self.out = None if out is None else Path(out)
+        self.sync, self.listener = sync_for(device), listener
+        self.arms = [Arm(repr(method), "method", method), *(self._arm(entry) for entry in compare)]
+        if len({arm.folder for arm in self.arms}) < len(self.arms):
+            raise InputError(f"two arms have the same name: {', '.join(arm.name for arm in self.arms)}")
+        if len(self.arms) > 1 and self.test is None:
+            raise InputError("a comparison needs held-out data: pass validate=... or test=...")
+        self.recipe = recipe or self._describe(training)
+        self._task = task
+        self._used = False
+
+    def check(self) -> dict[str, Any]:
+        """A dry run: everything that can go wrong before training does so here, and the rest is estimated.
+
+        One real batch goes through both models and a few updates run on copies; nothing is written.
+
+        Returns:
+            What was found: data, models with their taps and shapes, capabilities, memory, time.
+        """
+        from transfuse.check import check
+
+        return check(self)
+
+    def run(self, resume: bool = False) -> Result:
+        """Train every arm with every seed, measure, judge, and write the results where `out` says.
+
+        Args:
+            resume: go on in `out`: finished arms are read, an interrupted one goes on from its checkpoint.
+
+        Raises:
+            TransferError: as :func:`transfer`.
+            Interrupted: the user stopped it; `transfuse resume` or `run(resume=True)` goes on.
+        """
+        if self._used:
+            raise InputError("this transfer has run already: make a new one, or call run(resume=True) on a new one")
+        self._used = True
+        self._claim_folder(resume)
+        modes = {} if self.source is None else {m: m.training for m in self.source.modules()}
+        try:
+            sample = self.first_pass()
+            self._check_data()
+            reference = self._measure_source()
+            results, model = self._train_arms(resume, reference)
+            report = compare(results, self._facts(sample, reference, model))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        result = Result(model.eval(), report)
+        if self.out and self.sync.rank == 0:
+            result.save(self.out)
+        self.sync.barrier()
+        return result
+
+    # Before training -------------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> str:
+        """What the logits are about."""
+        if self._task is None:
+            self.first_pass()
+        assert self._task is not None
+        return self._task
+
+    @property
+    def metric(self) -> str:
+        """What the comparison is about."""
+        held_out = None if self.test is None else self.test.sample(8)
+        return main_metric(self.task, held_out is None or has_labels(held_out))
+
+    def first_pass(self) -> Batch:
+        """Run one real batch through source and target, find out the task, and return the batch.
+
+        Raises:
+            ShapeError: a model cannot run on the data; the message has the shapes and the model's own words.
+            CapabilityError: the source cannot give what a method needs.
+        """
+        sample = next(iter(self.data.values())).sample(min(self.training.batch_size, 8))
+        if sample is None:
+            raise InputError("the first data has nothing to read")
+        logits = None
+        for role, model in (("source", self.source), ("target", self.build_target(self.seeds[0]))):
+            if model is not None:
+                logits = _try(role, model.to(self.sync.device), sample.to(self.sync.device))
+        assert logits is not None
+        self._task = self._task or infer_task(sample, logits)
+        for arm in self.arms:
+            if self.source is not None and arm.method.uses_source:
+                _require(arm.method, self.source)
+        if self.classes is not None and self.task == "classification" and logits.shape[1] != len(self.classes):
+            raise ShapeError(f"the target has {logits.shape[1]} classes, {len(self.classes)} class names were given")
+        return sample
+
+    def build_target(self, seed: int, fresh: bool = False) -> nn.Module:
+        """The target as an arm starts with it.
+
+        Args:
+            seed: of the initial weights, where the target is a function or is redrawn.
+            fresh: redraw the weights of a target given as a model.
+        """
+        with rng.scope(rng.derive(seed, "target")):
+            if not isinstance(self.target, nn.Module):
+                built = self.target()
+                if not isinstance(built, nn.Module):
+                    raise InputError(f"the function given as target returned a {type(built).__name__}, not a model")
+                return built
+            model = copy.deepcopy(self.target)
+            return reinitialised(model) if fresh else model
+
+    def _arm(self, entry: str | Method) -> Arm:
+        if isinstance(entry, Method):
+            return Arm(repr(entry), "method (compared)", entry)
+        name = entry.replace("_", " ").replace("-", " ").lower()
+        if name in ("shuffled teacher", "shuffled"):
+            if not self.method.uses_source:
+                raise InputError(f"{self.method!r} has no teacher to shuffle")
+            return Arm("shuffled teacher", "control", self.method, shuffled=True)
+        if name in ("scratch", "finetune"):
+            return Arm(name, "baseline", Labels(), fresh=name == "scratch", labelled_only=True)
+        raise InputError(f"no arm is called {entry!r}: {nearest(entry, ARMS)} A method can be given as well")
+
+    def _check_data(self) -> None:
+        """Labels that do not fit, or that teach nothing, where reading them costs nothing."""
+        for name, data in {**self.data, "validate": self.validate, "test": self.test}.items():
+            labels = data.tensors.get("labels") if isinstance(data, Indexed) and data.tensors else None
+            if labels is None or self.task != "classification":
+                continue
+            assert isinstance(data, Indexed)
+            found = (labels if data.root is None else labels[data.root]).unique()
+            found = found[found != IGNORE]
+            if len(found) == 1:
+                raise InputError(f"every label of {name!r} is {int(found[0])}: one class alone cannot be learned")
+            if self.classes is not None and len(found) and (found[0] < 0 or found[-1] >= len(self.classes)):
+                raise InputError(
+                    f"labels of {name!r} go from {int(found[0])} to {int(found[-1])}, there are {len(self.classes)} "
+                    f"classes: expected 0 to {len(self.classes) - 1}, or {IGNORE} for unlabelled samples"
+                )
+
+    # Training --------------------------------------------------------------------------------------------------
+
+    def _train_arms(self, resume: bool, reference: Evaluation | None) -> tuple[list[ArmResult], nn.Module]:
+        results, model = [], None
+        for arm in self.arms:
+            result = ArmResult(arm.name, arm.role)
+            for seed in self.seeds:
+                trained, run = self._train(arm, seed, resume, reference)
+                result.runs.append(run)
+                model = trained if model is None else model
+            results.append(result)
+        assert model is not None
+        return results, model
+
+    def _train(self, arm: Arm, seed: int, resume: bool, reference: Evaluation | None) -> tuple[nn.Module, ArmRun]:
+        folder = self.out / "arms" / arm.folder / f"seed-{seed}" if self.out else None
+        if resume and folder and (folder / "run.safetensors").exists():
+            model = self.build_target(seed)
+            load_weights(folder / "model.safetensors", model)
+            state = load_state(folder / "run.safetensors")
+            return model, ArmRun(**{**state, "evaluation": _evaluation(state["evaluation"])})
+        target = self.build_target(seed, arm.fresh)
+        trainer = self.trainer(arm, seed, target, folder)
+        began = time.monotonic()
+        with warnings.catch_warnings():
+            # They go into the report, and to the user at its end, instead of between progress bars.
+            warnings.simplefilter("ignore", TransferWarning)
+            model = trainer.fit(resume=resume)
+        seconds = time.monotonic() - began
+        metric = self.metric
+        sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
+        curve = [{**r, "validate": None if r["validate"] is None else sign * r["validate"]} for r in trainer.history]
+        measured = None if self.test is None else self._evaluate(model, self.test, reference)
+        run = ArmRun(seed, seconds, trainer.updates, curve, list(trainer.watch.messages.values()), measured)
+        if folder and self.sync.rank == 0:
+            save_weights(folder / "model.safetensors", model)
+            state = {**vars(run), "evaluation": measured and measured.state()}
+            save_state(folder / "run.safetensors", state)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.sync.barrier()
+        return model.cpu() if self.out else model, run
+
+    def trainer(self, arm: Arm, seed: int, target: nn.Module, folder: Path | None = None) -> Trainer:
+        """The trainer of one arm with one seed."""
+        data, training = self.data, replace(self.training, seed=seed)
+        if arm.labelled_only:
+            data, training = self._labelled(training)
+        roles = {"target": target}
+        if self.source is not None and arm.method.uses_source:
+            roles["source"] = self.source
+        if folder:
+            folder = folder / "checkpoints"
+            folder.mkdir(parents=True, exist_ok=True)
+        return Trainer(
+            copy.deepcopy(arm.method),
+            roles,
+            data,
+            training,
+            folder=folder,
+            validate=self._validator() if self.validate else None,
+            sync=self.sync,
+            task=self.task,
+            shuffled=arm.shuffled,
+            listener=self.listener and (lambda trainer, record: self.listener(arm.name, seed, trainer)),
+        )
+
+    def _labelled(self, training: Training) -> tuple[dict[str, Data], Training]:
+        """Only the samples with labels, for as many updates as the method has."""
+        name, data = next(iter(self.data.items()))
+        if self.task != "classification" or not isinstance(data, Indexed):
+            return {name: data}, training
+        labelled = data.labelled()
+        steps = training.steps or max(1, round((training.epochs or 0) * data.updates(training.batch_size)))
+        size = min(training.batch_size, labelled.size)
+        every = training.validate_every or data.updates(training.batch_size)
+        return {name: labelled}, replace(training, epochs=None, steps=steps, batch_size=size, validate_every=every)
+
+    def _validator(self) -> Callable[[nn.Module], float]:
+        assert self.validate is not None
+        metric = main_metric(self.task, has_labels(self.validate.sample(8)))
+        reference = self._reference(self.validate) if metric == "agreement" else None
+        sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
+
+        def score(model: nn.Module) -> float:
+            measured = evaluate(
+                model, self.validate, task=self.task, batch_size=self.training.batch_size, reference=reference
+            )
+            return sign * measured.metrics[metric]
+
+        return score
+
+    # Measuring -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, model: nn.Module, data: Data, reference: Evaluation | None) -> Evaluation:
+        source = self.source if self.task != "classification" else None
+        return evaluate(
+            model, data, task=self.task, batch_size=self.training.batch_size, source=source, reference=reference
+        )
+
+    def _reference(self, data: Data | None) -> Evaluation | None:
+        if self.source is None or data is None:
+            return None
+        return evaluate(self.source, data, task=self.task, batch_size=self.training.batch_size)
+
+    def _measure_source(self) -> Evaluation | None:
+        if self.source is not None:
+            self.source.to(self.sync.device)
+        return self._reference(self.test)
+
+    def _facts(self, sample: Batch, reference: Evaluation | None, model: nn.Module) -> Facts:
+        inputs = sample.slice(0, 1).to(self.sync.device).inputs
+        footprints = {
+            role: None if m is None else _footprint(m.to(self.sync.device), inputs)
+            for role, m in (("source", self.source), ("target", model))
+        }
+        classes = self.classes
+        if classes is None and reference and reference.logits is not None and reference.labels is not None:
+            classes = [str(i) for i in range(reference.logits.shape[1])]
+        return Facts(
+            name=self.name,
+            method=repr(self.method),
+            task=self.task,
+            metric=self.metric,
+            source=None if self.source is None else (type(self.source).__name__, reference),
+            classes=classes,
+            cost=footprints,
+            recipe=self.recipe,
+            warnings=self._notes(),
+        )
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.test is not None and self.test is self.validate:
+            notes.append("No test data was given: the report is about the validation data.")
+        if isinstance(self.target, nn.Module) and len(self.seeds) > 1:
+            notes.append(
+                "The target was given as a model, so all seeds share its initial weights; pass a function that "
+                "builds it to see how much they matter."
+            )
+        return notes
+
+    # Files -----------------------------------------------------------------------------------------------------
+
+    def _claim_folder(self, resume: bool) -> None:
+        """Take the output folder, or refuse one that holds something else."""
+        if self.out is None:
+            if resume:
+                raise InputError("there is nothing to resume: no folder was given as out")
+            return
+        claim = self.out / "transfer.json"
+        mine = json.dumps(
+            {"arms": [a.name for a in self.arms], "seeds": self.seeds, "recipe": self.recipe}, default=str
+        )
+        if claim.exists():
+            if not resume:
+                raise InputError(f"{self.out} holds a transfer already: resume it, or choose another folder")
+            if json.loads(claim.read_text()) != json.loads(mine):
+                raise InputError(f"{self.out} holds another transfer, with other arms, seeds or recipe: see {claim}")
+        elif self.sync.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(claim, mine)
+        self.sync.barrier()
+
+    def _describe(self, training: Mapping[str, Any]) -> dict[str, Any]:
+        plain = {k: v if isinstance(v, str | int | float | bool | None) else repr(v) for k, v in training.items()}
+        return {
+            "method": repr(self.method),
+            "source": None if self.source is None else type(self.source).__name__,
+            "target": type(self.target).__name__ if isinstance(self.target, nn.Module) else repr(self.target),
+            "compare": [arm.name for arm in self.arms[1:]],
+            "seeds": list(self.seeds),
+            **plain,
+        }
+
+
+OPTIONS = (
+    "validate",
+    "test",
+    "compare",
+    "seeds",
+    "task",
+    "classes",
+    "adapt",
+    "collate",
+    "out",
+    "device",
+    "name",
+    "recipe",
+    "listener",
+)
+
+
+def infer_task(sample: Batch, logits: Tensor) -> str:
+    """What the logits of one batch are about, from their shape and the labels.
+
+    Raises:
+        ShapeError: they have a shape of no known task.
+    """
+    if logits.dim() == 2:
+        return "classification"
+    if logits.dim() == 4:
+        return "segmentation"
+    if logits.dim() == 3:
+        try:
+            tokens = token_ids(sample)
+        except InputError:
+            return "token-classification"
+        known = sample.labels is not None and sample.labels.shape == tokens.shape and sample.labels != IGNORE
+        if sample.labels is None or bool((sample.labels == tokens)[known].all()):
+            return "language-model"
+        return "token-classification"
+    raise ShapeError(
+        f"the target gives logits of shape {tuple(logits.shape)}: expected (batch, classes), (batch, tokens, classes) "
+        "or (batch, classes, height, width)"
+    )
+
+
+def has_labels(sample: Batch | None) -> bool:
+    """Whether a batch has at least one label."""
+    return sample is not None and sample.labels is not None and bool((sample.labels != IGNORE).any())
+
+
+def reinitialised(model: nn.Module) -> nn.Module:
+    """Redraw a model's weights with its layers' own initialisers, in place.
+
+    Raises:
+        InputError: a layer has parameters and no way to redraw them.
+    """
+    own = getattr(model, "_init_weights", None)  # Hugging Face models
+    for name, module in model.named_modules():
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if callable(own):
+            own(module)
+        elif callable(reset):
+            reset()
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise InputError(
+                f"'scratch' cannot redraw the layer {name!r} ({type(module).__name__}), which has parameters but no "
+                "reset_parameters(): pass the target as a function that builds it, or compare with 'finetune'"
+            )
+    return model
+
+
+def _try(role: str, model: nn.Module, sample: Batch) -> Tensor:
+    """The logits of one batch; errors say whose model and which shapes."""
+    run = Run({role: model}, {})
+    run.set_modes(set())
+    try:
+        with run.probe(), torch.no_grad():
+            logits = find_logits(call(model, sample.inputs))
+    except TransferError:
+        raise
+    except Exception as error:
+        raise ShapeError(
+            f"the {role}, {type(model).__name__}, cannot run on this data, {_shapes(sample)}: {error}"
+        ) from error
+    if not logits.isfinite().all() and _finite(sample):
+        raise InputError(f"the {role}, {type(model).__name__}, gives logits that are not finite on the first batch")
+    return logits
+
+
+def _finite(sample: Batch) -> bool:
+    values = sample.inputs.values() if isinstance(sample.inputs, Mapping) else [sample.inputs]
+    return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def _shapes(sample: Batch) -> str:
+    if isinstance(sample.inputs, Mapping):
+        return "inputs " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in sample.inputs.items())
+    return f"inputs of shape {tuple(sample.inputs.shape)}"
+
+
+def _require(method: Method, source: nn.Module) -> None:
+    """Check the source against every part of a method."""
+    from transfuse.core.catalogue import working_with
+
+    parts: Sequence[Method] = getattr(method, "methods", (method,))
+    for part in parts:
+        require(source, part.card.teacher, type(part).__name__, ", ".join(working_with(gives(source))))
+
+
+def _footprint(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    measured = cost(model, inputs)
+    return {
+        "parameters": measured.parameters,
+        "bytes": measured.bytes,
+        "flops": measured.flops,
+        "latency_ms": measured.latency_ms,
+    }
+
+
+def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:
+    return None if state is None else Evaluation(**state)
+
+
+def _is_tensors(value: Mapping[str, Any]) -> bool:
+    return all(isinstance(v, Tensor) for v in value.values()) and ("inputs" in value or "input_ids" in value)
