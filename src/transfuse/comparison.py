@@ -32,7 +32,7 @@ class ArmRun:
 
 @dataclass
 class ArmResult:
-    """One arm of a comparison over all seeds; `role` is `"method"`, `"method (compared)"`, `"baseline"`, `"control"`."""
+    """One arm of a comparison over all seeds; `role` as in :class:`~transfuse.report.schema.Arm`."""
 
     name: str
     role: str
@@ -79,27 +79,29 @@ def compare(arms: Sequence[ArmResult], facts: Facts) -> schema.Report:
         beyond = gain(method, control, facts.metric) if control and control is not baseline else None
         word, why = measure.verdict(gains[method.name], beyond)
     judged = {name: measure.verdict(g)[0] for name, g in gains.items()} | {method.name: word}
-    return schema.Report(
-        name=facts.name,
-        created=datetime.now(UTC),
-        task=facts.task,
-        metric=facts.metric,
-        higher_is_better=HIGHER_IS_BETTER[facts.metric],
-        verdict=word,
-        why=why,
-        gain=_gain(gains.get(method.name), baseline),
-        method=facts.method,
-        arms=[_arm(a, facts, _gain(gains.get(a.name), baseline), judged.get(a.name)) for a in arms],
-        source=_source(facts),
-        classes=None if facts.classes is None else list(facts.classes),
-        per_class_gain=_per_class_gain(method, baseline, facts) if measured and baseline else None,
-        disagreement=_disagreement(method, facts),
-        cost=facts.cost,
-        recipe=dict(facts.recipe),
-        versions=versions(),
-        machine=machine(),
-        commit=commit(),
-        warnings=list(facts.warnings),
+    return schema.Report.model_validate(
+        {
+            "name": facts.name,
+            "created": datetime.now(UTC),
+            "task": facts.task,
+            "metric": facts.metric,
+            "higher_is_better": HIGHER_IS_BETTER[facts.metric],
+            "verdict": word,
+            "why": why,
+            "gain": _gain(gains.get(method.name), baseline),
+            "method": facts.method,
+            "arms": [_arm(a, facts, _gain(gains.get(a.name), baseline), judged.get(a.name)) for a in arms],
+            "source": _source(facts),
+            "classes": None if facts.classes is None else list(facts.classes),
+            "per_class_gain": _per_class_gain(method, baseline, facts) if measured and baseline else None,
+            "disagreement": _disagreement(method, facts),
+            "cost": facts.cost,
+            "recipe": dict(facts.recipe),
+            "versions": versions(),
+            "machine": machine(),
+            "commit": commit(),
+            "warnings": list(facts.warnings),
+        }
     )
 
 

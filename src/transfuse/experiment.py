@@ -372,6 +372,9 @@ class Transfer:
         roles = {"target": target}
         if self.source is not None and arm.method.uses_source:
             roles["source"] = self.source
+        listener = None
+        if report := self.listener:
+            listener = lambda trainer, _record: report(arm.name, seed, trainer)  # noqa: E731
         if folder:
             folder = folder / "checkpoints"
             folder.mkdir(parents=True, exist_ok=True)
@@ -381,11 +384,11 @@ class Transfer:
             data,
             training,
             folder=folder,
-            validate=self._validator() if self.validate else None,
+            validate=self._validator(self.validate) if self.validate else None,
             sync=self.sync,
             task=self.task,
             shuffled=arm.shuffled,
-            listener=self.listener and (lambda trainer, record: self.listener(arm.name, seed, trainer)),
+            listener=listener,
         )
 
     def _labelled(self, training: Training) -> tuple[dict[str, Data], Training]:
@@ -399,17 +402,13 @@ class Transfer:
         every = training.validate_every or data.updates(training.batch_size)
         return {name: labelled}, replace(training, epochs=None, steps=steps, batch_size=size, validate_every=every)
 
-    def _validator(self) -> Callable[[nn.Module], float]:
-        assert self.validate is not None
-        metric = main_metric(self.task, has_labels(self.validate.sample(8)))
-        reference = self._reference(self.validate) if metric == "agreement" else None
+    def _validator(self, data: Data) -> Callable[[nn.Module], float]:
+        metric = main_metric(self.task, has_labels(data.sample(8)))
+        reference = self._reference(data) if metric == "agreement" else None
         sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
 
         def score(model: nn.Module) -> float:
-            measured = evaluate(
-                model, self.validate, task=self.task, batch_size=self.training.batch_size, reference=reference
-            )
-            return sign * measured.metrics[metric]
+            return sign * self._evaluate(model, data, reference).metrics[metric]
 
         return score
 

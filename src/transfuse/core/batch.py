@@ -41,7 +41,7 @@ class Batch(dict[str, Any]):
     @property
     def size(self) -> int:
         """Number of samples."""
-        for value in self.values():
+        for value in (self.inputs, *self.values()):
             for tensor in value.values() if isinstance(value, Mapping) else (value,):
                 if isinstance(tensor, Tensor) and tensor.dim():
                     return tensor.shape[0]
@@ -112,6 +112,8 @@ def align_tokens(batch: Batch) -> Batch:
         if mask is not None:
             labels = labels.masked_fill(~mask.bool(), IGNORE)
     labels = next_token(labels)
+    if padding is not None:  # what a model says at padding on the left of a text means nothing
+        labels = labels.masked_fill(~padding.bool(), IGNORE)
     return Batch(batch, labels=labels, mask=labels != IGNORE)
 
 

@@ -58,6 +58,9 @@ class Schedule:
     def __mul__(self, other: Method | Schedule | float) -> Method | Schedule:
         return Product(self, other) if isinstance(other, Schedule | float | int) else other.weighted(self)
 
+    def __rmul__(self, other: float) -> Schedule:
+        return Product(other, self)
+
 
 @dataclass(frozen=True)
 class Constant(Schedule):

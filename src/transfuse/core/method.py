@@ -34,7 +34,7 @@ class Method(nn.Module):
     checkpoint's check read.
     """
 
-    card: ClassVar[Card]
+    card: ClassVar[Card] = Card(paper="not given")
     family: ClassVar[str] = ""
     units: Mapping[str, Callable[[Batch], float | Tensor]] = {}
     """Own counting units for terms: name -> count in one micro-batch of the first stream."""
@@ -155,6 +155,8 @@ class Sum(Method):
         self.units = {k: v for m in self.methods for k, v in m.units.items()}
         self.keeps = tuple({k for m in self.methods for k in m.keeps})
         self.uses_source = any(m.uses_source for m in self.methods)
+        taught = [m for m in self.methods if m.uses_source]
+        self.card = (taught or self.methods)[0].card  # type: ignore[misc]
         self._names: list[dict[str, str]] = [{} for _ in parts]
 
     def wants(self) -> dict[str, list[str]]:
@@ -237,6 +239,8 @@ class Then(Method):
         return _merged(self.methods)
 
     def setup(self, run: Run, sample: Batch | None) -> None:
+        self.position.zero_()
+        self.first.zero_()
         for method in self.methods:
             method.setup(run, sample)
 
@@ -270,7 +274,8 @@ class Then(Method):
         return target
 
     def __repr__(self) -> str:
-        return f"Then({', '.join(map(repr, self.methods))})"
+        shares = "" if len(set(self.shares)) == 1 else f", shares={self.shares}"
+        return f"Then({', '.join(map(repr, self.methods))}{shares})"
 
 
 def _sum(parts: Sequence[tuple[Weight, Method]]) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -69,7 +69,7 @@ def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = No
     kwargs: dict[str, Any] = {}
     if not isinstance(inputs, Mapping):
         args = (inputs,)
-    elif len(inputs) == 1 and not _accepts(type(model), next(iter(inputs))):
+    elif len(inputs) == 1 and not _accepts(type(model).forward, next(iter(inputs))):
         args = tuple(inputs.values())
     else:
         kwargs = dict(inputs)
@@ -77,6 +77,6 @@ def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = No
 
 
 @lru_cache(maxsize=256)
-def _accepts(model: Any, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
+def _accepts(forward: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(forward).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

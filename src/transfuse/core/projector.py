@@ -6,7 +6,6 @@ Built from one real batch, trained with the method, saved in its checkpoints, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class Projector(nn.Module):
         """The student's features in the shape of the teacher's."""
         if self.kinds[1] == 4:
             maps = student if self.kinds[0] == 4 else _as_map(student)
-            return resize_map(self.width(maps), teacher.shape[-2:])
+            return resize_map(self.width(maps), (teacher.shape[-2], teacher.shape[-1]))
         if self.kinds[1] == 3:
             tokens = student.flatten(2).transpose(1, 2) if self.kinds[0] == 4 else student
             return resize_tokens(self.width(tokens), teacher.shape[1])
@@ -62,13 +61,13 @@ def _as_map(tokens: Tensor) -> Tensor:
     raise ShapeError(f"{tokens.shape[1]} tokens are no square, so they cannot be matched with a feature map")
 
 
-def resize_map(maps: Tensor, size: Sequence[int]) -> Tensor:
+def resize_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Feature maps `(batch, channels, height, width)` at another size: averaged down, or interpolated up."""
-    if maps.shape[-2:] == tuple(size):
+    if maps.shape[-2:] == size:
         return maps
     if maps.shape[-2] >= size[0] and maps.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(maps, list(size))
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+        return F.adaptive_avg_pool2d(maps, size)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def resize_tokens(tokens: Tensor, length: int) -> Tensor:

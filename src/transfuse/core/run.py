@@ -106,7 +106,7 @@ class Run:
                 raw = call(model, batch.inputs, params)
             except Stopped:
                 raw = None
-        outputs = Outputs(raw, features)
+        outputs = Outputs(raw, {name: _full_precision(value) for name, value in features.items()})
         return self._shuffle(outputs) if self.shuffled and role in self.sources else outputs
 
     def install(self, wants: Mapping[str, list[str]]) -> None:
@@ -198,3 +198,9 @@ class Run:
             return value[order] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
 
         return Outputs(logits[order], {name: permute(value) for name, value in outputs.features.items()})
+
+
+def _full_precision(feature: Any) -> Any:
+    if isinstance(feature, list):
+        return [_full_precision(f) for f in feature]
+    return feature.float() if feature.dtype in (torch.float16, torch.bfloat16) else feature

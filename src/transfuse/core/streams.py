@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from transfuse.core import rng
 from transfuse.core.batch import Batch
@@ -111,7 +111,13 @@ class Indexed(Data):
                 yield [self.fetch(r) for r in rows]
             return
         flat = [r for rows in updates for r in rows]
-        loader = DataLoader(_Fetched(self, draw.seed), sampler=flat, batch_size=None, num_workers=draw.workers)
+        loader = DataLoader(
+            _Fetched(self, draw.seed),
+            sampler=flat,
+            batch_size=None,
+            num_workers=draw.workers,
+            generator=torch.Generator(),  # or opening it would draw from the run's, and once more after a resume
+        )
         batches = iter(loader)
         for rows in updates:
             yield [next(batches) for _ in rows]
@@ -174,12 +180,13 @@ class Iterated(Data):
         return count
 
     def epoch(self, draw: Draw, start: int) -> Iterator[list[Batch]]:
-        own = rng.Generators(draw.seed)
+        own = rng.Generators(draw.seed)  # for opening and reading, not for `adapt`
         sampler = getattr(self.batches, "sampler", None)
         for generator in (getattr(self.batches, "generator", None), getattr(sampler, "generator", None)):
             if generator is not None:
                 generator.manual_seed(draw.seed)
-        items = self._open()
+        with own:
+            items = self._open()
         for number in itertools.count():
             with own:
                 item = next(items, None)
@@ -187,6 +194,11 @@ class Iterated(Data):
                 return
             if number >= start:
                 batch = self._read(item)
+                if batch.size < draw.world:
+                    raise InputError(
+                        f"batch {number} holds {batch.size} sample(s), fewer than the {draw.world} processes: "
+                        "use larger batches, and drop the last incomplete one"
+                    )
                 yield [batch.slice(i, j) for i, j in draw.split(batch.size)]
 
     def sample(self, size: int) -> Batch:
@@ -203,8 +215,7 @@ class Iterated(Data):
     def _open(self) -> Iterator[Any]:
         source = self.batches() if callable(self.batches) else self.batches
         head, self._head = self._head, []
-        yield from head
-        yield from source
+        return itertools.chain(head, source)
 
     def _read(self, item: Any) -> Batch:
         return Batch.of(item if self.adapt is None else self.adapt(item))
@@ -247,6 +258,8 @@ def as_data(value: Any, adapt: Adapt | None = None, collate: Callable[[list[Any]
         return Iterated(value, adapt)
     if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | Mapping):
         return Indexed(value, adapt, collate)
+    if isinstance(value, IterableDataset):
+        raise InputError("an IterableDataset yields single samples: wrap it in a DataLoader with a batch_size")
     if isinstance(value, Iterable) or callable(value):
         if isinstance(value, str | Mapping):
             raise InputError(f"cannot read data from a {type(value).__name__}: expected tensors as its values")
@@ -381,4 +394,4 @@ def _is_batch(item: Any) -> bool:
     tensors = [v for v in values if isinstance(v, Tensor)]
     if not tensors or any(t.dim() == 0 for t in tensors) or len(tensors) != len(values):
         return False
-    return (len(tensors) == 1 and tensors[0].dim() > 1) or (len({len(t) for t in tensors}) == 1 and len(tensors) > 1)
+    return any(t.dim() > 1 for t in tensors) and len({len(t) for t in tensors}) == 1

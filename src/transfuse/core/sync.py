@@ -71,7 +71,9 @@ class Distributed(Sync):
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=0)
+            whole = tensor.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            tensor.copy_(whole)
 
     def barrier(self) -> None:
         torch.distributed.barrier()

@@ -28,6 +28,16 @@ class Stopped(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside a forward pass that was asked to stop at a layer."""
 
 
+class Features(dict[str, Any]):
+    """What the taps of one forward pass read; asking for one that read nothing is an error."""
+
+    def __missing__(self, name: str) -> Any:
+        raise LayerError(
+            f"the layer {name!r} was not run in this forward pass, so it has no feature. A model that was compiled "
+            "and called before cannot be tapped: compile it anew; else tap a layer that every pass runs"
+        )
+
+
 class Taps:
     """The taps of one model.
 
@@ -65,7 +75,7 @@ class Taps:
             swap: activations to put in the place of a tap's own: a tensor, or a function of the tensor.
             until: stop the forward pass after this tap.
         """
-        features: dict[str, Any] = {}
+        features = Features()
         self._read = {}
         self._swap = {self._single(name): value for name, value in (swap or {}).items()}
         self._until = None if until is None else self._single(until)
@@ -142,15 +152,16 @@ def resolve(model: nn.Module, name: str) -> list[str]:
         raise LayerError(f"unknown tap {name!r}: after a layer's name only ':input' is possible")
     paths = [path for path, _ in model.named_modules() if path]
     if "*" in layer:
-        pattern = re.compile(r"(?:.*\.)?" + r"[^.]+".join(map(re.escape, layer.split("*"))))
-        found = [p for p in paths if pattern.fullmatch(p)]
+        tail = r"[^.]+".join(map(re.escape, layer.split("*")))
     else:
-        found = [layer] if layer in paths else [p for p in paths if p.endswith("." + layer)]
-        if len(found) > 1:
-            raise LayerError(
-                f"the layer {layer!r} is ambiguous in {type(model).__name__}: {', '.join(found[:6])}; "
-                "give a longer path"
-            )
+        tail = re.escape(layer)
+    fits = {p: match[1] for p in paths if (match := re.fullmatch(rf"(.*\.)?{tail}", p))}
+    wrappers = {None} if None in fits.values() else set(fits.values())
+    if len(wrappers) > 1:
+        raise LayerError(
+            f"the layer {layer!r} is ambiguous in {type(model).__name__}: {', '.join([*fits][:6])}; give a longer path"
+        )
+    found = [p for p, wrapper in fits.items() if wrapper in wrappers]
     if not found:
         raise LayerError(f"{type(model).__name__} has no layer {layer!r}: {nearest(layer, paths)}")
     return [p + colon + side for p in found]

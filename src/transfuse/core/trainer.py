@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -36,6 +37,8 @@ from transfuse.core.training import Training
 from transfuse.core.update import Update, count_units
 from transfuse.core.watch import FIRST, Watch, fingerprint
 
+READS = 10
+"""On an accelerator, values are read (and checked) every so many updates."""
 RECORDS = 200
 """A learning curve has about this many points, whatever the length of the run."""
 
@@ -149,6 +152,7 @@ class Trainer:
     def _start(self, resume: bool) -> None:
         for model in self.run.roles.values():
             model.to(self.run.device)
+            self.sync.broadcast(t.data for t in (*model.parameters(), *model.buffers()))
         self._frozen = {role: fingerprint(model) for role, model in self.run.roles.items()}
         if self.training.ema is not None:
             self.average = AveragedModel(self.run["target"], multi_avg_fn=get_ema_multi_avg_fn(self.training.ema))
@@ -192,7 +196,7 @@ class Trainer:
         assert self.stage is not None
         clock = self.clock
         while clock.step < clock.steps:
-            if clock.per_epoch and clock.step % clock.per_epoch == 0:
+            if clock.step % (clock.per_epoch or clock.steps) == 0:
                 self.method.begin_epoch(self.run)
             micro = self._draw()
             counts = count_units(self.method, micro)
@@ -219,6 +223,7 @@ class Trainer:
         assert self.stage is not None
         self.method.end_stage(self._number, self.run)
         self._agree()
+        self._agree_buffers()
         if self.stage.keep == "best" and self._best:
             self.target.load_state_dict(self._best["state"])
         self._best = None
@@ -236,9 +241,10 @@ class Trainer:
         norms: dict[str, float] | None = None
         for batches in micro:
             terms = phase.loss(batches, self.run)
+            update.note(terms)
             if norms is None and self.watch.due(step):
                 norms = self.watch.norms(phase, terms, update.totals)
-            update.add(terms)
+            update.backward(terms)
         update.finish()
         values = self._checked(phase, update, micro, norms)
         self.scaler.unscale_(optimizer)
@@ -266,8 +272,8 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """The values of the update, after every check on them, noted for the learning curve."""
         values = update.values()
-        # Reading a number makes an accelerator wait, so there it is done now and then.
-        if self.run.device.type != "cpu" and self.clock.step % 10:
+        # Reading a number makes an accelerator wait.
+        if self.run.device.type != "cpu" and self.clock.step % READS and self.clock.step + 1 < self.clock.steps:
             return values
         update.check_counts()
         numbers = {name: float(value) for name, value in values.items()}
@@ -353,26 +359,26 @@ class Trainer:
     def _set_length(self, stage: Stage) -> None:
         first = next(iter(self._cursors.values())).stream
         per_epoch = first.data.updates(first.batch_size or self.training.batch_size)
-        epochs = stage.epochs if stage.epochs or stage.steps else self.training.epochs
-        steps = stage.steps if stage.epochs or stage.steps else self.training.steps
+        own = stage.epochs or stage.steps
+        epochs, steps = (stage.epochs, stage.steps) if own else (self.training.epochs, self.training.steps)
         if steps is None:
             if per_epoch is None:
                 raise InputError("this data has no length, so epochs mean nothing: say steps=...")
             steps = round((epochs or 0) * per_epoch)
-        self.clock.steps, self.clock.per_epoch = max(1, round(steps * stage.share)), per_epoch
+        self.clock.steps, self.clock.per_epoch = max(1, round(steps * (1 if own else stage.share))), per_epoch
 
     # Keeping ---------------------------------------------------------------------------------------------------
 
     def _record(self) -> dict[str, Any] | None:
         """A point of the learning curve, when one is due."""
         clock = self.clock
-        every = self.training.validate_every or clock.per_epoch
+        every = self.training.validate_every or clock.per_epoch or clock.steps
         last = clock.step == clock.steps
         score = None
-        if self.validate and (last or (every and clock.step % every == 0)):
+        if self.validate and (last or clock.step % every == 0):
             self._agree_buffers()
             with rng.scope(0), torch.no_grad():
-                score = self.validate(self.target)
+                score = float(self.validate(self.target))
             self.run.set_modes(set(self.stage.train if self.stage else ()))
             if self.stage and self.stage.keep == "best" and (self._best is None or score > self._best["score"]):
                 state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
@@ -387,6 +393,8 @@ class Trainer:
             }
             for name, values in self._window.items()
         }
+        if not terms and self.history:  # nothing was read since the last record
+            terms = self.history[-1]["terms"]
         self._window = {}
         epoch = clock.step / clock.per_epoch if clock.per_epoch else 0.0
         loss = sum(t["weighted"] for t in terms.values())
@@ -414,8 +422,9 @@ class Trainer:
             return
         moving = [self.run[role] for role in sorted(self._moving)]
         for module in (self.method, *moving):
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if tensor.is_floating_point() and not tensor.isfinite().all():
+            broken = [n for n, p in module.named_parameters() if not p.isfinite().all()]
+            broken += [n for n, b in module.named_buffers() if b.isnan().any()]  # masks may well hold infinities
+            for name in broken:
                     raise DivergenceError(
                         f"{name} is no longer finite after update {self.updates}, so nothing was saved over the last "
                         f"good checkpoint {self.checkpoints.newest}. Lower the learning rate or clip gradients"
@@ -485,14 +494,16 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, str]:
         """What must be the same for a checkpoint to go on."""
-        skip = {"workers", "checkpoint_every", "optimizer"}
-        return {
+        skip = {"workers", "checkpoint_every"}
+        given = {
             "method": repr(self.method),
             "target": type(self.run["target"]).__name__,
             "task": self.run.task,
             "shuffled": str(self.run.shuffled),
             **{f.name: str(getattr(self.training, f.name)) for f in fields(self.training) if f.name not in skip},
         }
+        # Functions and objects without a repr of their own show an address, another one in every process.
+        return {key: re.sub(r" at 0x[0-9a-f]+", "", value) for key, value in given.items()}
 
     # Agreement and checks --------------------------------------------------------------------------------------
 

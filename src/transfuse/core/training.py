@@ -80,7 +80,7 @@ class Training:
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         own = {"momentum": self.momentum} if self.optimizer == "sgd" else {}
         kind = OPTIMIZERS[self.optimizer]
-        return kind(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused, **own)  # type: ignore[arg-type]
+        return kind(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused, **own)
 
     def make_schedule(self) -> Schedule:
         """The factor of the learning rate."""

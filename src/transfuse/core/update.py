@@ -62,17 +62,26 @@ class Update:
         self._late: dict[str, list[Tensor]] = {}
         self._rows: dict[str, list[Tensor]] = {}
 
-    def add(self, terms: Losses) -> None:
-        """Take the terms of one micro-batch and add their gradients.
+    def note(self, terms: Losses) -> None:
+        """Take down the terms of one micro-batch.
 
         Raises:
-            MethodError: a term is no Term or counts an unknown unit, or no term depends on what the phase trains.
+            MethodError: a term is no Term, counts an unknown unit, or cannot be combined.
+        """
+        for name, term in terms.items():
+            self._record(name, term)
+
+    def backward(self, terms: Losses) -> None:
+        """Add the gradients of one micro-batch.
+
+        Raises:
+            MethodError: no term depends on what the phase trains.
         """
         loss: Tensor | None = None
         for name, term in terms.items():
-            self._record(name, term)
             if self._is_late(term):
-                self._accumulate(self._late, name, term.weight * term.sum, self.phase.params)
+                scaled = self.scaler.scale(term.weight * term.sum)
+                self._accumulate(self._late, name, scaled, self.phase.params)
             elif total := self.totals[term.unit]:
                 if self.phase.combine:
                     self._accumulate(self._rows, name, term.sum / total, self.phase.shared)
@@ -92,7 +101,7 @@ class Update:
         for name, gradients in self._late.items():
             total = self.total(name)
             for p, gradient in zip(self.phase.params, gradients, strict=True):
-                gradient = self.sync.sum(gradient) / max(total, 1.0)
+                gradient = self.sync.sum(gradient) / (total or 1.0)
                 p.grad = gradient if p.grad is None else p.grad + gradient
 
     def rows(self) -> dict[str, list[Tensor]]:
@@ -125,8 +134,8 @@ class Update:
             if held is not None and abs(float(term.count) - held) > 0.5:
                 raise MethodError(
                     f"phase {self.phase.name!r}: the term {name!r} counted {float(term.count):g}, its unit "
-                    f"{term.unit!r} totals {held:g} in this update. Use the batch's own mask, or declare a unit of your own in "
-                    "Method.units, or the unit 'late:...' where only the forward pass knows"
+                    f"{term.unit!r} totals {held:g} in this update. Use the batch's own mask, or declare a unit of "
+                    "your own in Method.units, or the unit 'late:...' where only the forward pass knows"
                 )
 
     def _record(self, name: str, term: Term) -> None:
@@ -138,6 +147,11 @@ class Update:
             raise MethodError(
                 f"the term {name!r} counts {term.unit!r}, which this batch does not have: "
                 f"it has {', '.join(self.totals)}; declare other units in Method.units"
+            )
+        if self._is_late(term) and self.phase.combine:
+            raise MethodError(
+                f"the term {name!r} counts {term.unit!r}, known only after the forward pass: a phase with combine "
+                "needs units known before it; declare one in Method.units"
             )
         old, value = self.terms.get(name), term.sum.detach().float()
         both = (value, term.count) if old is None else (old.sum + value, old.count + term.count)

@@ -50,6 +50,6 @@ class AttentionTransfer(Distillation):
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         ours, theirs = student.features[self.student], teacher.features[self.teacher]
         if ours.dim() == theirs.dim() == 4:
-            ours = resize_map(ours, theirs.shape[-2:])
+            ours = resize_map(ours, (theirs.shape[-2], theirs.shape[-1]))
         distance = Term.of(attention_transfer(ours, theirs))
         return {"attention": self.beta / (2 * theirs[0, 0].numel()) * distance}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
-from transfuse.core.errors import InputError, ShapeError
+from transfuse.core.errors import InputError, ShapeError, TransferError
 from transfuse.core.method import Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
@@ -42,6 +42,8 @@ class Distillation(Method):
         self.to(run.device)
         try:
             self.loss(student, teacher, sample, run.clock)
+        except TransferError:
+            raise
         except ValueError as error:
             raise ShapeError(f"{type(self).__name__} cannot use this batch: {error}") from error
 

@@ -58,7 +58,7 @@ class Hints(Distillation):
         assert self.projector is not None
         hint = teacher.features[self.teacher]
         guided = self.projector(student.features[self.student], hint)
-        if batch.mask is not None and hint.shape[:-1] == batch.mask.shape:
+        if batch.mask is not None and hint.dim() == 3 and hint.shape[:-1] == batch.mask.shape:
             tokens = mean_squared_error(guided.flatten(0, 1), hint.flatten(0, 1)).view_as(batch.mask)
             return {"hints": Term.of(tokens, batch.mask)}
         return {"hints": Term.of(mean_squared_error(guided, hint))}

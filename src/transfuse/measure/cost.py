@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfuse.core.errors import InputError
+from transfuse.core.outputs import call
 
 _WARM_UP = 2
 
@@ -74,13 +75,6 @@ def cost(model: nn.Module, inputs: Tensor | Mapping[str, Any], *, runs: int = 10
     )
 
 
-def _call(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> None:
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    else:
-        model(inputs)
-
-
 def _batch_size(inputs: Tensor | Mapping[str, Any]) -> int:
     values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     first = next((v for v in values if isinstance(v, Tensor)), None)
@@ -132,7 +126,7 @@ def _latency_ms(model: nn.Module, inputs: Tensor | Mapping[str, Any], runs: int)
 
     def timed() -> float:
         start = time.perf_counter()
-        _call(model, inputs)
+        call(model, inputs)
         for device in accelerators:
             torch.accelerator.synchronize(device)
         return 1000 * (time.perf_counter() - start)
@@ -146,7 +140,7 @@ def _operations(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> int | N
     """Floating point operations of one pass, or None where the counter fails or knows none of them."""
     try:
         with _plain_kernels(), FlopCounterMode(display=False) as counter:
-            _call(model, inputs)
+            call(model, inputs)
     except Exception:
         return None
     return counter.get_total_flops() or None

@@ -64,10 +64,13 @@ class CurvePoint(Part):
 
 
 class Run(Part):
-    """One training of one arm with one seed. `metrics` may hold accuracy, agreement, kl, ece, nll, ..."""
+    """One training of one arm with one seed. `metrics` may hold accuracy, agreement, kl, ece, nll, ...
+
+    `value` is null where there was no held-out data to measure on.
+    """
 
     seed: int
-    value: float
+    value: float | None = None
     seconds: float
     steps: int
     metrics: dict[str, float] = {}
@@ -96,7 +99,7 @@ class Arm(Part):
     role: Role
     verdict: str | None = None
     gain: Gain | None = None
-    value: Interval
+    value: Interval | None = None
     runs: list[Run] = Field(min_length=1)
     per_class: list[float | None] | None = None
     calibration: Calibration | None = None
@@ -116,7 +119,7 @@ class Source(Part):
     """What the knowledge came from, measured on the same data as the arms."""
 
     name: str
-    value: float
+    value: float | None = None
     metrics: dict[str, float] = {}
 
 

@@ -32,7 +32,7 @@ def summary(report: Report) -> Group:
     rows = [
         [
             arm.name,
-            number(arm.value.mean),
+            "" if arm.value is None else number(arm.value.mean),
             _gain(arm.gain),
             _optional(arm.average("agreement")),
             f"{arm.seconds:.1f}",
@@ -41,7 +41,7 @@ def summary(report: Report) -> Group:
     ]
     if report.source:
         source = report.source
-        rows.append([source.name, number(source.value), "", _optional(source.metrics.get("agreement")), ""])
+        rows.append([source.name, _optional(source.value), "", _optional(source.metrics.get("agreement")), ""])
 
     headings = ["", report.metric, "gain", "agreement", "seconds"]
     table = Table(title=Text(report.name, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
