@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ ARMS = ("scratch", "finetune", "shuffled teacher")
 """The arms that every comparison can name, besides methods."""
 
 Target = nn.Module | Callable[[], nn.Module]
-Listener = Callable[[str, int, Trainer], None]
+Listener = Callable[[str, int, Trainer, dict[str, Any] | None], None]
+"""Called after each update with the arm's name, the seed, the trainer, and a record of the curve when one was made."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Transfer:
         device: where to run; by default the first accelerator, else the CPU.
         name: of the transfer, for the report.
         recipe: what to show as the recipe; by default the arguments.
-        listener: called after every update with the arm's name, the seed and the trainer.
+        listener: called after every update, see :data:`Listener`.
         training: everything :class:`~transfuse.core.training.Training` takes: `epochs` or `steps`, ...
     """
 
@@ -362,7 +364,7 @@ class Transfer:
             save_state(folder / "run.safetensors", state)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.sync.barrier()
-        return model.cpu() if self.out else model, run
+        return model, run
 
     def trainer(self, arm: Arm, seed: int, target: nn.Module, folder: Path | None = None) -> Trainer:
         """The trainer of one arm with one seed."""
@@ -372,9 +374,6 @@ class Transfer:
         roles = {"target": target}
         if self.source is not None and arm.method.uses_source:
             roles["source"] = self.source
-        listener = None
-        if report := self.listener:
-            listener = lambda trainer, _record: report(arm.name, seed, trainer)  # noqa: E731
         if folder:
             folder = folder / "checkpoints"
             folder.mkdir(parents=True, exist_ok=True)
@@ -388,7 +387,7 @@ class Transfer:
             sync=self.sync,
             task=self.task,
             shuffled=arm.shuffled,
-            listener=listener,
+            listener=partial(self.listener, arm.name, seed) if self.listener else None,
         )
 
     def _labelled(self, training: Training) -> tuple[dict[str, Data], Training]:
@@ -470,16 +469,13 @@ class Transfer:
             if resume:
                 raise InputError("there is nothing to resume: no folder was given as out")
             return
-        claim = self.out / "transfer.json"
-        mine = json.dumps(
-            {"arms": [a.name for a in self.arms], "seeds": self.seeds, "recipe": self.recipe}, default=str
-        )
-        if claim.exists():
-            if not resume:
+        if self.sync.rank == 0:
+            described = {"arms": [arm.name for arm in self.arms], "seeds": self.seeds, "recipe": self.recipe}
+            mine, claim = json.dumps(described, default=str), self.out / "transfer.json"
+            if claim.exists() and not resume:
                 raise InputError(f"{self.out} holds a transfer already: resume it, or choose another folder")
-            if json.loads(claim.read_text()) != json.loads(mine):
+            if claim.exists() and json.loads(claim.read_text()) != json.loads(mine):
                 raise InputError(f"{self.out} holds another transfer, with other arms, seeds or recipe: see {claim}")
-        elif self.sync.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             write_atomically(claim, mine)
         self.sync.barrier()
@@ -489,7 +485,9 @@ class Transfer:
         return {
             "method": repr(self.method),
             "source": None if self.source is None else type(self.source).__name__,
-            "target": type(self.target).__name__ if isinstance(self.target, nn.Module) else repr(self.target),
+            "target": type(self.target).__name__
+            if isinstance(self.target, nn.Module)
+            else getattr(self.target, "__qualname__", type(self.target).__name__),
             "compare": [arm.name for arm in self.arms[1:]],
             "seeds": list(self.seeds),
             **plain,

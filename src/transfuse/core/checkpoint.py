@@ -6,13 +6,17 @@ a temporary name and renamed when it is complete, so the last good one survives 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,11 +36,7 @@ def save_state(path: Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_pack(state, tensors))
-    with temporary(path) as partial:
-        try:
-            save_file(tensors, partial, metadata={"transfuse": skeleton})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    _write_tensors(path, tensors, {"transfuse": skeleton, "crc": str(zlib.crc32(skeleton.encode()))})
 
 
 def load_state(path: Path) -> Any:
@@ -48,6 +48,8 @@ def load_state(path: Path) -> Any:
     tensors, metadata = read_tensors(path)
     if "transfuse" not in metadata:
         raise StoreError(f"{path} is a safetensors file, but not one of a transfuse run")
+    if metadata.get("crc") != str(zlib.crc32(metadata["transfuse"].encode())):
+        raise StoreError(f"{path} was altered after it was written: its header does not agree with its checksum")
     return _unpack(json.loads(metadata["transfuse"]), tensors)
 
 
@@ -67,15 +69,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers as a plain safetensors file; tied tensors are written once."""
     state = model.state_dict()
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for key, tensor in state.items():
-        owner = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), key) if tensor.numel() else key
-        if owner != key:
-            tied[key] = owner
+    tied = _tied(state)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if k not in tied}
-    with temporary(path) as partial:
-        save_file(tensors, partial, metadata={"tied": json.dumps(tied)})
+    _write_tensors(path, tensors, {"tied": json.dumps(tied)})
 
 
 def load_weights(path: Path | str, model: nn.Module) -> None:
@@ -92,6 +88,7 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
         state, metadata = read_tensors(path)
         state |= {key: state[owner] for key, owner in json.loads(metadata.get("tied", "{}")).items()}
     own = model.state_dict()
+    state |= {key: state[owner] for key, owner in _tied(own).items() if key not in state and owner in state}
     differences = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     differences += [
         f"{k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}"
@@ -113,17 +110,16 @@ class Checkpoints:
     @property
     def newest(self) -> Path | None:
         """The folder of the newest complete checkpoint."""
-        found = [p for p in self.folder.glob("update-*") if p.suffix != ".tmp"]
-        return max(found, key=lambda p: int(p.name.removeprefix("update-")), default=None)
+        found = [(_number(p), p) for p in self.folder.glob("update-*")]
+        return max([(number, p) for number, p in found if number], default=(None, None))[1]
 
-    def save(self, update: int, shared: Any, own: Any, sync: Any) -> Path:
+    def save(self, update: int, shared: Any, own: Any, sync: Any) -> None:
         """Write a checkpoint; every process calls this. Older ones are removed once it is complete.
 
         Raises:
             StoreError: it could not be written; the older one is intact.
         """
-        final = self.folder / f"update-{update}"
-        partial = final.with_suffix(".tmp")
+        partial = self.folder / f"update-{update}.tmp"
         if sync.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             _make(partial)
@@ -133,15 +129,18 @@ class Checkpoints:
         save_state(partial / f"rank{sync.rank}.safetensors", own)
         sync.barrier()
         if sync.rank == 0:
-            if final.exists():  # the same update again, for instance right after a resume
-                shutil.rmtree(final)
+            # The same update may come again, for instance right after a resume; the older one must stay until then.
+            names = itertools.chain([f"update-{update}"], (f"update-{update}.{i}" for i in itertools.count(1)))
+            final = next(path for path in map(self.folder.joinpath, names) if not path.exists())
             os.replace(partial, final)
             sync_folder(self.folder)
             for old in self.folder.glob("update-*"):
                 if old != final:
-                    shutil.rmtree(old, ignore_errors=True)
+                    gone = old.with_name("removed.tmp")  # a half removed one must not look complete
+                    shutil.rmtree(gone, ignore_errors=True)
+                    os.replace(old, gone)
+                    shutil.rmtree(gone, ignore_errors=True)
         sync.barrier()
-        return final
 
     def load(self, sync: Any) -> tuple[Any, Any] | None:
         """The shared and the own state of the newest checkpoint, or None where there is none.
@@ -161,6 +160,27 @@ class Checkpoints:
                 f"launch {shared['world']}"
             )
         return shared["state"], load_state(newest / f"rank{sync.rank}.safetensors")
+
+
+def _number(path: Path) -> tuple[int, int] | None:
+    """The update and repetition in a checkpoint's name; None for what is no complete checkpoint."""
+    match = re.fullmatch(r"update-(\d+)(?:\.(\d+))?", path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names that stand for the same memory as an earlier name, with that name."""
+    first: dict[tuple[Any, ...], str] = {}
+    owners = {k: first.setdefault((t.data_ptr(), t.shape, t.stride()), k) for k, t in state.items() if t.numel()}
+    return {key: owner for key, owner in owners.items() if owner != key}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with temporary(path) as partial:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def _make(folder: Path) -> None:
@@ -203,8 +223,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
     if isinstance(value, tuple | list):
-        return {type(value).__name__: [_pack(v, tensors) for v in value]}
-    if type(value).__module__ == "numpy":
+        return {"tuple" if isinstance(value, tuple) else "list": [_pack(v, tensors) for v in value]}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         return {"numpy": _pack(torch.from_numpy(value.astype("int64")), tensors), "dtype": str(value.dtype)}
     raise StoreError(f"a {type(value).__name__} cannot be saved in a checkpoint: use tensors, numbers, strings, lists")
 

@@ -11,6 +11,11 @@ from pathlib import Path
 from transfuse.core.errors import StoreError
 
 
+_MASK = os.umask(0o022)
+os.umask(_MASK)
+_MODE = 0o666 & ~_MASK
+
+
 @contextmanager
 def temporary(path: str | Path) -> Iterator[Path]:
     """A neighbour of `path` to write to; it takes the place of `path` when the block ends well.
@@ -25,6 +30,7 @@ def temporary(path: str | Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(_MODE)  # some writers leave files that only their owner can read
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -75,6 +75,11 @@ class Method(nn.Module):
         """What the user gets back."""
         return target
 
+    @property
+    def continues(self) -> bool:
+        """Whether other methods follow the stage at hand, and may teach what it leaves alone."""
+        return False
+
     def weighted(self, weight: Weight) -> Method:
         """This method with its loss multiplied by a number or a schedule."""
         return _sum([(weight, self)])
@@ -234,6 +239,10 @@ class Then(Method):
     def current(self) -> Method:
         """The method whose turn it is."""
         return self.methods[int(self.position)]
+
+    @property
+    def continues(self) -> bool:
+        return int(self.position) + 1 < len(self.methods)
 
     def wants(self) -> dict[str, list[str]]:
         return _merged(self.methods)

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from transfuse.core.errors import InputError
+from transfuse.core.errors import InputError, LayerError
+
+
+class Features(dict[str, Any]):
+    """What the taps of one forward pass read; asking for one that read nothing is an error."""
+
+    def __missing__(self, name: str) -> Any:
+        raise LayerError(
+            f"the layer {name!r} was not run in this forward pass, so it has no feature. A model that was compiled "
+            "and called before cannot be tapped: compile it anew; else tap a layer that every pass runs"
+        )
 
 
 @dataclass(slots=True)
@@ -25,7 +35,7 @@ class Outputs:
     """
 
     raw: Any
-    features: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=Features)
 
     @property
     def logits(self) -> Tensor:

@@ -14,7 +14,7 @@ from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, nearest
-from transfuse.core.outputs import Outputs, call, find_logits
+from transfuse.core.outputs import Features, Outputs, call, find_logits
 from transfuse.core.phases import Phase
 from transfuse.core.streams import Data
 from transfuse.core.sync import Sync
@@ -58,6 +58,7 @@ class Run:
         self._learning: set[str] = set()
         self._train: set[str] = set()
         self._shared = self._shares_modules()
+        self._learners: dict[Phase, set[str]] = {}
 
     def __getitem__(self, role: str) -> nn.Module:
         if role not in self.roles:
@@ -106,7 +107,7 @@ class Run:
                 raw = call(model, batch.inputs, params)
             except Stopped:
                 raw = None
-        outputs = Outputs(raw, {name: _full_precision(value) for name, value in features.items()})
+        outputs = Outputs(raw, Features({name: _full_precision(value) for name, value in features.items()}))
         return self._shuffle(outputs) if self.shuffled and role in self.sources else outputs
 
     def install(self, wants: Mapping[str, list[str]]) -> None:
@@ -170,8 +171,11 @@ class Run:
         return copy.deepcopy(self[role])
 
     def _roles_of(self, phase: Phase) -> set[str]:
-        moved = {id(p) for p in phase.params}
-        return {role for role, model in self.roles.items() if any(id(p) in moved for p in model.parameters())}
+        # Remembered, because every update asks and looking through the parameters of a large model takes a while.
+        if phase not in self._learners:
+            moved = set(phase.params)
+            self._learners[phase] = {r for r, m in self.roles.items() if any(p in moved for p in m.parameters())}
+        return self._learners[phase]
 
     def _shares_modules(self) -> bool:
         seen: set[int] = set()
@@ -197,7 +201,7 @@ class Run:
                 return [permute(v) for v in value]
             return value[order] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
 
-        return Outputs(logits[order], {name: permute(value) for name, value in outputs.features.items()})
+        return Outputs(logits[order], Features({n: permute(v) for n, v in outputs.features.items()}))
 
 
 def _full_precision(feature: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import LayerError, nearest
-from transfuse.core.outputs import call, find_logits
+from transfuse.core.outputs import Features, call, find_logits
 
 PENULTIMATE = "penultimate"
 Swap = Mapping[str, Tensor | Callable[[Tensor], Tensor]]
@@ -26,16 +26,6 @@ Swap = Mapping[str, Tensor | Callable[[Tensor], Tensor]]
 
 class Stopped(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside a forward pass that was asked to stop at a layer."""
-
-
-class Features(dict[str, Any]):
-    """What the taps of one forward pass read; asking for one that read nothing is an error."""
-
-    def __missing__(self, name: str) -> Any:
-        raise LayerError(
-            f"the layer {name!r} was not run in this forward pass, so it has no feature. A model that was compiled "
-            "and called before cannot be tapped: compile it anew; else tap a layer that every pass runs"
-        )
 
 
 class Taps:
@@ -68,7 +58,7 @@ class Taps:
             self._handles.append(hook)
 
     @contextmanager
-    def open(self, swap: Swap | None = None, until: str | None = None) -> Iterator[dict[str, Any]]:
+    def open(self, swap: Swap | None = None, until: str | None = None) -> Iterator[Features]:
         """Let the taps read during one forward pass; the dict that is yielded is filled when the block ends.
 
         Args:
@@ -151,10 +141,7 @@ def resolve(model: nn.Module, name: str) -> list[str]:
     if side not in ("", "input"):
         raise LayerError(f"unknown tap {name!r}: after a layer's name only ':input' is possible")
     paths = [path for path, _ in model.named_modules() if path]
-    if "*" in layer:
-        tail = r"[^.]+".join(map(re.escape, layer.split("*")))
-    else:
-        tail = re.escape(layer)
+    tail = r"[^.]+".join(map(re.escape, layer.split("*")))
     fits = {p: match[1] for p in paths if (match := re.fullmatch(rf"(.*\.)?{tail}", p))}
     wrappers = {None} if None in fits.values() else set(fits.values())
     if len(wrappers) > 1:

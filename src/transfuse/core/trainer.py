@@ -255,7 +255,7 @@ class Trainer:
             given = {p: p.grad for p in phase.params if p.grad is not None}
             for p, gradient in (phase.edit(given, self.run) or given).items():
                 p.grad = gradient
-        if step < FIRST:
+        if step < FIRST and not self.method.continues:
             self.watch.untaught(phase, self._parameter_names(), update.terms, step)
         if self.training.clip:
             torch.nn.utils.clip_grad_norm_(phase.params, self.training.clip)
@@ -385,7 +385,7 @@ class Trainer:
                 self._best = {"score": score, "state": state}
         if score is None and not last and clock.step % max(1, clock.steps // RECORDS):
             return None
-        terms = {
+        terms: dict[str, Any] = {
             name: {
                 "raw": sum(values) / len(values),
                 "weighted": self._last[name][0] * sum(values) / len(values),
@@ -424,11 +424,11 @@ class Trainer:
         for module in (self.method, *moving):
             broken = [n for n, p in module.named_parameters() if not p.isfinite().all()]
             broken += [n for n, b in module.named_buffers() if b.isnan().any()]  # masks may well hold infinities
-            for name in broken:
-                    raise DivergenceError(
-                        f"{name} is no longer finite after update {self.updates}, so nothing was saved over the last "
-                        f"good checkpoint {self.checkpoints.newest}. Lower the learning rate or clip gradients"
-                    )
+            if broken:
+                raise DivergenceError(
+                    f"{broken[0]} is no longer finite after update {self.updates}, so nothing was saved over the last "
+                    f"good checkpoint {self.checkpoints.newest}. Lower the learning rate or clip gradients"
+                )
         shared = {
             "fingerprint": self._fingerprint(),
             "number": self._number,

@@ -47,4 +47,4 @@ def amount(value: float, unit: str = "") -> str:
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:g} {unit}".rstrip()
+    return f"{value:.4g} {unit}".rstrip()

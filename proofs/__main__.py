@@ -1,0 +1,73 @@
+"""`python -m proofs run NAME`, `list`, `table`, `annotate NAME`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proofs import table as drawing
+from proofs.proof import find, names
+from proofs.result import ProofResult
+from proofs.runner import RESULTS
+from proofs.runner import run as run_proof
+from transfuse.core.errors import TransferError
+from transfuse.core.files import write_atomically
+from transfuse.report.numbers import signed
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+Name = Annotated[str, typer.Argument(help="a proof, see `list`")]
+Out = Annotated[Path | None, typer.Option(help="file to write")]
+
+
+@app.command()
+def run(
+    name: Annotated[str | None, typer.Argument(help="a proof, see `list`")] = None,
+    every: Annotated[bool, typer.Option("--all", help="run every proof")] = False,
+    smoke: Annotated[bool, typer.Option(help="a few updates only, the result goes to a temporary folder")] = False,
+    out: Out = None,
+) -> None:
+    """Run a proof and write its result, by default to proofs/results."""
+    if (name is None) != every or (every and out):
+        raise typer.BadParameter("give a name, or --all without --out")
+    with tempfile.TemporaryDirectory() as temporary:
+        for each in names() if name is None else [name]:
+            result = run_proof(find(each), smoke)
+            result.write(out or (Path(temporary) if smoke else RESULTS) / f"{each}.json")
+            typer.echo(f"{each}: {result.verdict}, {signed(result.gain.mean)} over {result.baseline}")
+
+
+@app.command("list")
+def list_proofs() -> None:
+    """Show every proof, the method it is about, and the verdict of the result that is there."""
+    for name in names():
+        proof, path = find(name), RESULTS / f"{name}.json"
+        verdict = ProofResult.read(path).verdict if path.exists() else "no result"
+        typer.echo(f"{proof.family}/{name}: {', '.join(proof.proves)}: {verdict}")
+
+
+@app.command()
+def table(out: Out = None) -> None:
+    """Draw the results page of the documentation, to the terminal by default."""
+    text = drawing.page([ProofResult.read(RESULTS / f"{name}.json") for name in names()])
+    if out:
+        write_atomically(out, text)
+    else:
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def annotate(name: Name) -> None:
+    """Copy the notes of a proof, written after its result, into the result; numbers stay as they are."""
+    path = RESULTS / f"{name}.json"
+    ProofResult.read(path).model_copy(update={"notes": find(name).notes}).write(path)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except TransferError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
