@@ -33,7 +33,7 @@ types: $(VENV)/dev.stamp ## Check types.
 	$(PY) -m mypy
 
 docs: $(VENV)/dev.stamp ## Build the documentation into site/.
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: $(VENV)/dev.stamp ## Time our step and start-up against plain PyTorch.
 	$(PY) -m benchmarks step

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
+from transfuse.core.machine import machine, versions
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Result:
             label: {"median": statistics.median(r), "min": min(r), "max": max(r), "pairs": len(r)}
             for label, r in self.ratios.items()
         }
-        return {**asdict(self), "ratios": spread, "machine": machine()}
+        return {**asdict(self), "ratios": spread, "machine": machine(), "versions": versions()}
 
 
 def alternate(
@@ -70,23 +68,3 @@ def no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -49,15 +49,15 @@ def seconds(command: Sequence[str]) -> float:
 
 
 def imports_torch(arguments: Sequence[str]) -> bool:
-    """Whether the command needs torch, found by making its import fail."""
+    """Whether the command loads torch."""
     code = (
-        "import runpy, sys; sys.modules['torch'] = None; "
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code, str(script()), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(script()), *arguments], capture_output=True, text=True, check=True
     )
-    return process.returncode != 0
+    return process.stderr.split()[-1] == "True"
 
 
 def script() -> Path:

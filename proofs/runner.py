@@ -56,28 +56,30 @@ def run(proof: Proof, smoke: bool = False) -> ProofResult:
         report = experiment.run().report
         method, *others = _arms(experiment)
     gains = {arm.name: gain(method, arm, proof.metric) for arm in others}
-    return ProofResult(
-        name=proof.name,
-        sheet=proof.sheet,
-        family=proof.family,
-        proves=list(proof.proves),
-        method=method.name,
-        data=proof.data,
-        source=report.source,
-        training=dict(training),
-        metric=proof.metric,
-        higher_is_better=HIGHER_IS_BETTER[proof.metric],
-        baseline=proof.baseline,
-        runs=[_run(arm.name, run, proof.metric) for arm in (method, *others) for run in arm.runs],
-        gain=_gain(gains[proof.baseline]),
-        gains={name: _gain(interval) for name, interval in gains.items()},
-        verdict=measure.verdict(gains[proof.baseline], gains.get(SHUFFLED))[0],
-        expected=proof.expected,
-        notes=proof.notes,
-        machine=machine(),
-        versions=versions(),
-        commit=commit(HERE),
-        date=datetime.now(UTC).date(),
+    return ProofResult.model_validate(
+        {
+            "name": proof.name,
+            "sheet": proof.sheet,
+            "family": proof.family,
+            "proves": list(proof.proves),
+            "method": method.name,
+            "data": proof.data,
+            "source": report.source,
+            "training": dict(training),
+            "metric": proof.metric,
+            "higher_is_better": HIGHER_IS_BETTER[proof.metric],
+            "baseline": proof.baseline,
+            "runs": [_run(arm.name, run, proof.metric) for arm in (method, *others) for run in arm.runs],
+            "gain": _gain(gains[proof.baseline]),
+            "gains": {name: _gain(interval) for name, interval in gains.items()},
+            "verdict": measure.verdict(gains[proof.baseline], gains.get(SHUFFLED))[0],
+            "expected": proof.expected,
+            "notes": proof.notes,
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit(HERE),
+            "date": datetime.now(UTC).date(),
+        }
     )
 
 

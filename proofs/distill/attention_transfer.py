@@ -1,24 +1,25 @@
-"""AttentionTransfer: does a student that looks where its teacher looks need fewer labels?"""
+"""AttentionTransfer: does a thin student that looks where a wide teacher looks learn more from its labels?"""
 
 from __future__ import annotations
 
 from proofs.proof import Proof
-from proofs.small_fashion import TEACHER, small_fashion
+from proofs.small_fashion import RESNET_TEACHER, small_fashion
 from transfuse.distill import KD, AttentionTransfer, Labels
 from transfuse.models import resnet8
 
-ATTENTION = AttentionTransfer("layer2", "layer2") + AttentionTransfer("layer3", "layer3")
+# The paper's beta of 1000 drowned the labels on validation data: a student of 4,934 parameters is much smaller.
+ATTENTION = AttentionTransfer("layer2", "layer2", beta=100) + AttentionTransfer("layer3", "layer3", beta=100)
 
 PROOF = Proof(
     name="attention_transfer",
     proves=("AttentionTransfer",),
-    data="Fashion-MNIST at 14x14, 6,000 training images, the student has 200 labels",
-    splits=lambda: small_fashion(labels=200),
-    source=TEACHER,
+    data="Fashion-MNIST at 14x14, 500 training images with labels; the teacher had 6,000",
+    splits=lambda: small_fashion(size=500),
+    source=RESNET_TEACHER,
     target=lambda: resnet8(channels=1, width=4),
     method=Labels() + ATTENTION,
     compare=("scratch", KD(), KD() + ATTENTION, "shuffled teacher"),
     baseline="scratch",
-    training={"epochs": 10, "batch_size": 64, "lr": 5e-3},
-    expected="teacher > KD with attention > KD and labels with attention, in no fixed order > scratch",
+    training={"steps": 600, "batch_size": 64, "lr": 5e-3},
+    expected="teacher > KD with attention > KD > scratch, and labels with attention > scratch",
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from transfuse import measure
 from transfuse.core.machine import commit, machine, versions
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation
 from transfuse.measure import Interval
-from transfuse.report import schema
+
+if TYPE_CHECKING:
+    from transfuse.report.schema import Report
 
 
 @dataclass
@@ -63,12 +65,14 @@ class Facts:
     warnings: Sequence[str]
 
 
-def compare(arms: Sequence[ArmResult], facts: Facts) -> schema.Report:
+def compare(arms: Sequence[ArmResult], facts: Facts) -> Report:
     """Judge the first arm, the method, and every other one, against the first baseline.
 
     Gains are improvements: positive is better whichever way the metric points. Without a baseline the
     shuffled teacher stands in for it; without either nothing is judged.
     """
+    from transfuse.report.schema import Report
+
     method = arms[0]
     measured = bool(method.evaluations)
     baseline = next((a for a in arms[1:] if a.role == "baseline"), next((a for a in arms if a.role == "control"), None))
@@ -79,7 +83,7 @@ def compare(arms: Sequence[ArmResult], facts: Facts) -> schema.Report:
         beyond = gain(method, control, facts.metric) if control and control is not baseline else None
         word, why = measure.verdict(gains[method.name], beyond)
     judged = {name: measure.verdict(g)[0] for name, g in gains.items()} | {method.name: word}
-    return schema.Report.model_validate(
+    return Report.model_validate(
         {
             "name": facts.name,
             "created": datetime.now(UTC),

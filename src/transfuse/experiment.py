@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
 from transfuse.losses import IGNORE
 from transfuse.measure import cost
-from transfuse.report.schema import Report
+
+if TYPE_CHECKING:
+    from transfuse.report.schema import Report
 
 ARMS = ("scratch", "finetune", "shuffled teacher")
 """The arms that every comparison can name, besides methods."""

@@ -36,7 +36,7 @@ def save_state(path: Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_pack(state, tensors))
-    _write_tensors(path, tensors, {"transfuse": skeleton, "crc": str(zlib.crc32(skeleton.encode()))})
+    _write_tensors(path, tensors, {"transfuse": skeleton, "crc": _checksum(skeleton, tensors)})
 
 
 def load_state(path: Path) -> Any:
@@ -48,7 +48,7 @@ def load_state(path: Path) -> Any:
     tensors, metadata = read_tensors(path)
     if "transfuse" not in metadata:
         raise StoreError(f"{path} is a safetensors file, but not one of a transfuse run")
-    if metadata.get("crc") != str(zlib.crc32(metadata["transfuse"].encode())):
+    if metadata.get("crc") != _checksum(metadata["transfuse"], tensors):
         raise StoreError(f"{path} was altered after it was written: its header does not agree with its checksum")
     return _unpack(json.loads(metadata["transfuse"]), tensors)
 
@@ -173,6 +173,12 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple[Any, ...], str] = {}
     owners = {k: first.setdefault((t.data_ptr(), t.shape, t.stride()), k) for k, t in state.items() if t.numel()}
     return {key: owner for key, owner in owners.items() if owner != key}
+
+
+def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of everything in a header: the structure, and the tensors' names, types and shapes."""
+    listed = [f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}" for key in sorted(tensors)]
+    return str(zlib.crc32("\n".join([skeleton, *listed]).encode()))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transfuse.core.errors import StoreError
 
-
 _MASK = os.umask(0o022)
 os.umask(_MASK)
 _MODE = 0o666 & ~_MASK

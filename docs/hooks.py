@@ -1,0 +1,125 @@
+"""Pages that mkdocs generates from the code: the methods, from the catalogue, and the results of their proofs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # proofs is no installed package
+# ruff: noqa: E402 - so the imports have to wait for it
+
+from proofs.proof import names
+from proofs.result import ProofResult
+from proofs.runner import RESULTS
+from proofs.table import page as results_page
+from transfuse.core.catalogue import Entry, entries
+from transfuse.report.numbers import number, signed
+
+ROLE = re.compile(r":(?:class|func|mod|data|meth|attr):<code>(~?)([\w.]+)</code>")
+REQUEST = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Put the generated pages into the navigation."""
+    families: dict[str, list[str]] = {}
+    for entry in entries():
+        families.setdefault(entry.family, []).append(_path(entry))
+    pages: list[Any] = ["methods/index.md", {"Results": "methods/results.md"}]
+    pages += [{family: paths} for family, paths in families.items()]
+    assert config.nav is not None
+    config.nav = [{"Methods": pages} if item == {"Methods": []} else item for item in config.nav]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Write the generated pages."""
+    proofs = _proofs()
+    pages = {_path(entry): method_page(entry, proofs) for entry in entries()}
+    pages["methods/index.md"] = methods_page(entries(), proofs)
+    pages["methods/results.md"] = results_page(proofs)
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name things by role, for readers of the code; readers of the page want the name alone."""
+    return ROLE.sub(lambda role: f"<code>{role[2].split('.')[-1] if role[1] else role[2]}</code>", html)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> None:
+    """Refuse a page that would load something from another machine."""
+    if found := REQUEST.search(output):
+        raise PluginError(f"{page.file.src_path} makes an external request: {found[0]}")
+
+
+def methods_page(methods: Sequence[Entry], proofs: Sequence[ProofResult]) -> str:
+    """Markdown: every method in one table, with what it needs and what its proof found."""
+    rows = [
+        "| method | what it does | knowledge in | source gives | data at least | result | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in methods:
+        name = f"[{entry.name}]({entry.family}/{entry.name.lower()}.md)"
+        found = [(_gain(proof), proof.verdict) for proof in proofs if entry.name in proof.proves]
+        gain, verdict = found[0] if found else ("", "control" if entry.card.control else "no proof yet")
+        card = entry.card
+        cells = (name, entry.summary, card.carries, card.teacher, card.data, gain, verdict)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([INTRODUCTION, *rows]) + "\n"
+
+
+INTRODUCTION = """# Methods
+
+Generated from the catalogue (`transfuse methods --json`) and the [results](results.md) of the proofs.
+A result is the gain over the proof's baseline, with its 95 % interval over test samples and seeds.
+`transfuse methods --data unlabelled --teacher full` answers what works in a situation.
+"""
+
+
+def method_page(entry: Entry, proofs: Sequence[ProofResult]) -> str:
+    """Markdown: the card, the docstring and the results of one method."""
+    card = entry.card
+    arxiv = f", [arXiv:{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
+    facts = {
+        "paper": card.paper + arxiv,
+        "knowledge in": card.carries,
+        "source gives": card.teacher,
+        "data at least": card.data,
+        "tasks": ", ".join(card.tasks),
+        "import": f"`from transfuse.{entry.family} import {entry.name}`",
+    }
+    listed = [f"- **{name}**: {value}" for name, value in facts.items()]
+    options = "{ members: false, show_bases: false, show_root_heading: false }"
+    docstring = f"::: {entry.module}.{entry.name}\n    options: {options}\n"
+    results = [_result(proof) for proof in proofs if entry.name in proof.proves]
+    if not results:
+        results = ["A control arm: there is nothing to prove." if card.control else "No proof has been run yet."]
+    return "\n".join([f"# {entry.name}", "", docstring, "## Card", "", *listed, "", "## Result", "", *results]) + "\n"
+
+
+def _result(proof: ProofResult) -> str:
+    arms = ", ".join(f"{arm} {number(proof.average(arm))}" for arm in proof.arms)
+    return (
+        f"**{proof.verdict}**: {_gain(proof)} {proof.metric} over {proof.baseline} ({arms}; {len(proof.seeds)} seeds). "
+        f"Data: {proof.data}. [The whole proof](../results.md#{proof.name}).\n"
+    )
+
+
+def _gain(proof: ProofResult) -> str:
+    gain = proof.gain
+    return f"{signed(gain.mean)} [{signed(gain.low)}, {signed(gain.high)}]"
+
+
+def _proofs() -> list[ProofResult]:
+    return [ProofResult.read(path) for name in names() if (path := RESULTS / f"{name}.json").exists()]
+
+
+def _path(entry: Entry) -> str:
+    return f"methods/{entry.family}/{entry.name.lower()}.md"

@@ -1,0 +1,293 @@
+"""The command line: thin commands over recipes, transfers, reports and the catalogue.
+
+Heavy imports are inside the commands, so that help and the catalogue answer at once. Results go to stdout,
+progress and errors to stderr; under several processes only the first one speaks. What tables look like:
+`tables.py`; progress: `progress.py`; the starter recipe: `starter.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Never
+
+import typer
+from typer.core import TyperGroup
+
+from transfuse.cli.console import err, out, say
+from transfuse.core.errors import InputError, TransferError
+
+
+class Commands(TyperGroup):
+    """Turns our errors into one message and an exit code, unless `--debug` asks for the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Exit code 2 for wrong input, 1 for other errors, 130 after Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except TransferError as error:
+            if ctx.params["debug"]:
+                raise
+            _fail(error, 2 if isinstance(error, InputError) else 1)
+        except KeyboardInterrupt as stop:
+            say(err, str(stop) or "stopped")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="transfuse",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from transfuse import __version__
+
+        typer.echo(f"transfuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="TRANSFUSE_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Move what one model knows into another, and show whether it arrived.
+
+    Start with an example that runs:
+
+        transfuse new recipe.yaml
+        transfuse check recipe.yaml
+        transfuse run recipe.yaml
+
+    Exit codes: 0 done, 1 it failed, 2 something in the input is wrong, 130 stopped with Ctrl-C.
+    """
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for everything that is written, in the place of the recipe's `out`."),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", "--seeds", help="Seed in the place of the recipe's; repeat it for several."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds, if anything.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train what a recipe describes, beside its baselines, and judge it.
+
+    Example:
+
+        transfuse run recipe.yaml --out runs/first --seed 0 --seed 1
+
+    Stopped or killed, it goes on with `transfuse resume runs/first`. Afterwards open report.html in that folder;
+    `transfuse report runs/first` shows the summary again. On several processes:
+
+        accelerate launch -m transfuse run recipe.yaml
+    """
+    from transfuse.recipe import Recipe
+
+    _run(Recipe.read(recipe, out=folder, seeds=seeds), resume, quiet, as_json)
+
+
+@app.command()
+def resume(folder: RunFolder, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Go on with a run that was stopped or killed; it ends as if nothing had happened.
+
+    Example:
+
+        transfuse resume runs/first
+
+    The recipe is read from the folder. Finished trainings are kept, an interrupted one goes on from its newest
+    checkpoint. Next: `transfuse report runs/first`.
+    """
+    from transfuse.recipe import Recipe
+
+    _run(Recipe.of_run(folder), True, quiet, as_json)
+
+
+@app.command()
+def check(recipe: RecipeFile, as_json: AsJson = False) -> None:
+    """Try a recipe without training: find errors, show shapes, and estimate memory and time.
+
+    One batch goes through both models, and a few updates of every arm run on copies. Nothing is written.
+    The exit code is 0 when the recipe would run and 1 when it would not.
+
+    Example:
+
+        transfuse check recipe.yaml
+
+    Next: `transfuse run recipe.yaml`.
+    """
+    from transfuse.cli.tables import checked
+    from transfuse.recipe import Recipe
+
+    try:
+        found = Recipe.read(recipe).check()
+    except TransferError as error:
+        if as_json:
+            say(out, json.dumps({"ok": False, "error": str(error)}, indent=2))
+            raise typer.Exit(1) from None
+        _fail(error, 1)
+    if as_json:
+        say(out, json.dumps({"ok": True, **found}, indent=2))
+        return
+    out.print(checked(found))
+    say(out, f"This recipe runs. Next: transfuse run {recipe}")
+
+
+@app.command()
+def report(
+    folder: RunFolder,
+    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html anew from report.json.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show the summary of a finished run again, and draw its report.html anew.
+
+    Example:
+
+        transfuse report runs/first
+
+    `--json` prints report.json for other programs. Next: open report.html in a browser; it needs no network.
+    """
+    from transfuse.report import Report, write_html
+
+    if folder.is_dir() and not (folder / "report.json").exists():
+        raise InputError(
+            f"{folder} holds no report.json: if its run was stopped, transfuse resume {folder} finishes it"
+        )
+    found = Report.read(folder / "report.json")
+    if html:
+        write_html(found, folder / "report.html")
+    _show(found, folder, as_json)
+
+
+@app.command()
+def methods(
+    family: Annotated[str | None, typer.Option(help="Only this family, for instance distill.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="What you have: labelled, few-labelled, unlabelled, private or none.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="What your source gives: features, full (all logits), topk, sampled, text, weights or none."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="What your models do, for instance classification.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or those that fit your situation.
+
+    The options describe what you have, and the list shows what works with it: with `--data unlabelled` every
+    method that needs no labels, with `--teacher full` every method that is content with logits.
+
+    Example:
+
+        transfuse methods --data unlabelled --teacher full
+
+    Next: `transfuse show KD`.
+    """
+    from transfuse.core.catalogue import select
+
+    found = select(family, data, teacher, task)
+    if as_json:
+        say(out, json.dumps([entry.as_dict() for entry in found], indent=2))
+        return
+    if not found:
+        say(out, "No method fits. Leave an option out to see more.")
+        return
+    from transfuse.cli.tables import catalogue
+
+    out.print(catalogue(found))
+    say(out, f"{len(found)} methods. `teacher` and `data` are the least that a method needs. Next: transfuse show NAME")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method, for instance KD.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Explain one method: what it does, what it needs, where it is from, and its line in a recipe.
+
+    Example:
+
+        transfuse show KD
+
+    Next: `transfuse new --method KD` writes a recipe with it.
+    """
+    from transfuse.cli.starter import method_line
+    from transfuse.core.catalogue import find
+
+    entry = find(name)
+    line = method_line(entry.name)
+    if as_json:
+        say(out, json.dumps({**entry.as_dict(), "doc": entry.doc, "recipe": line}, indent=2))
+        return
+    from transfuse.cli.tables import card
+
+    out.print(card(entry, line))
+    say(out, f"Next: transfuse new --method {entry.name}")
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write.")] = Path("recipe.yaml"),
+    method: Annotated[str, typer.Option(help="The method in it; `transfuse methods` lists them.")] = "KD",
+) -> None:
+    """Write a starter recipe that runs, with a comment on every line. It replaces nothing.
+
+    Example:
+
+        transfuse new recipe.yaml --method Hints
+
+    Next: `transfuse check recipe.yaml`, then change its lines to your models and data.
+    """
+    from transfuse.cli.starter import write
+
+    write(file, method)
+    say(out, f"Wrote {file}. Next: transfuse check {file}, then transfuse run {file}")
+
+
+def _run(recipe: Any, resume: bool, quiet: bool, as_json: bool) -> None:
+    from transfuse.cli.progress import Progress
+
+    with Progress(recipe.trainings, recipe.finished if resume else 0, shown=not (quiet or as_json)) as progress:
+        result = recipe.run(resume, progress)
+    if not quiet:
+        _show(result.report, recipe.out, as_json)
+
+
+def _show(report: Any, folder: Path, as_json: bool) -> None:
+    from transfuse.report import summary
+
+    if as_json:
+        say(out, report.model_dump_json(indent=2, by_alias=True))
+        return
+    out.print(summary(report))
+    say(out, "".join(f"\n{what}: {folder / name}" for what, name in FILES if (folder / name).exists()))
+
+
+FILES = (("Report", "report.html"), ("Numbers", "report.json"), ("Model", "model.safetensors"))
+
+
+def _fail(error: TransferError, code: int) -> Never:
+    say(err, f"Error: {error}")
+    raise typer.Exit(code) from None

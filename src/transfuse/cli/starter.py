@@ -1,0 +1,97 @@
+"""The recipe that `transfuse new` writes, and a method's line in it."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from string import Template
+
+from transfuse.core.catalogue import find
+from transfuse.core.errors import InputError
+from transfuse.core.files import write_atomically
+
+TAP = "layer2"
+"""What stands for an argument that has no default: such arguments name layers, and the starter's models have this."""
+
+STARTER = Template("""\
+# A recipe that runs as it stands. Change it line by line, and try each change with: transfuse check $file
+# Paths are relative to this file.
+
+name: $name
+
+# How knowledge moves. `transfuse methods` lists the methods, `transfuse show $method` explains this one.
+# A list of methods is added up; each may have a weight, a number or {linear: [0, 1]}.
+method: $line
+
+# The model that knows. A model is a name of transfuse.models (mlp, small-cnn, resnet8, ...), a function of your
+# own, `models.py:build` or `package.module:build`, or a local Hugging Face folder, `huggingface: FOLDER`.
+source:
+  model: small-cnn
+  args: {width: 16}
+  # Trained on labels first. If yours is trained already, leave this out and name its file: weights: teacher.safetensors
+  train: {epochs: 10, lr: 0.003, data: {name: digits}}
+
+# The model that learns: every seed starts from its own initial weights.
+target:
+  model: small-cnn
+  args: {width: 4}
+
+# What it learns from: a data set of transfuse.datasets (digits, image-folder, table, hf, text, ...) or a function
+# of your own, `data.py:load`, that returns (train, validate, test). Here, 50 images keep their labels.
+data:
+  name: digits
+  args: {labels: 50}
+
+# How every arm trains: epochs or steps, batch_size, optimizer, schedule, precision, ...
+training:
+  epochs: 20
+  lr: 0.01
+
+# What the method is compared with, under the same budget: scratch, finetune, shuffled teacher, or other methods.
+compare: [$compare]
+
+# Every arm is trained once per seed; more seeds make the verdict surer.
+seeds: [0, 1, 2]
+
+# Where everything is written; by default runs/NAME.
+out: runs/$name
+""")
+
+
+def method_line(name: str, alone: bool = True) -> str:
+    """A method as it stands in a recipe, with its arguments at their defaults."""
+    from transfuse.recipe import accepts
+
+    found = find(name)
+    given = {key: TAP if value is inspect.Parameter.empty else value for key, value in accepts(name).items()}
+    line = f"{{{', '.join(f'{key}: {_yaml(value)}' for key, value in {'name': found.name, **given}.items())}}}"
+    # What carries no outputs teaches no head, so labels do.
+    return line if alone or found.card.carries in ("outputs", "nothing") else f"[{{name: Labels}}, {line}]"
+
+
+def write(file: Path, method: str) -> None:
+    """Write the starter recipe.
+
+    Raises:
+        InputError: the file exists, or there is no such method.
+        StoreError: it cannot be written.
+    """
+    entry = find(method)
+    if file.exists():
+        raise InputError(f"{file} exists already and is left as it is: name another file")
+    write_atomically(
+        file,
+        STARTER.substitute(
+            file=file.name,
+            name=file.stem,
+            method=entry.name,
+            line=method_line(entry.name, alone=False),
+            compare="scratch" if entry.card.teacher == "none" else "scratch, shuffled teacher",
+        ),
+    )
+
+
+def _yaml(value: object) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
