@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["transfuse.core.trainer", "transfuse.distill", "transfuse.models", "accelerate", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(
+    ["transfuse.core.trainer", "transfuse.distill", "transfuse.models", "accelerate", "torch._dynamo"]
+)
 
 
 def start(function: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transfuse.comparison import ArmResult, ArmRun, Facts, compare
 from transfuse.core import rng
 from transfuse.core.batch import Batch, token_ids
+from transfuse.core.card import TASKS
 from transfuse.core.checkpoint import load_state, load_weights, save_state, save_weights
 from transfuse.core.errors import InputError, ShapeError, TransferError, nearest
 from transfuse.core.files import write_atomically
@@ -173,6 +174,8 @@ class Transfer:
             raise InputError("a transfer needs data: pass data=...")
         if not seeds or len(set(seeds)) < len(seeds):
             raise InputError(f"seeds are {list(seeds)}: give at least one, each once")
+        if task is not None and task not in TASKS:
+            raise InputError(f"unknown task {task!r}: {nearest(task, TASKS)}")
         self.method, self.target = method, target
         self.source = None if source is None else as_teacher(source)
         if self.source is None and method.uses_source:

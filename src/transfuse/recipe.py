@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
@@ -589,16 +590,7 @@ class Recipe:
         if beside not in sys.path:
             sys.path.append(beside)
         if where.endswith(".py"):
-            file = self.folder / where
-            if not file.is_file():
-                raise InputError(f"there is no file {file}")
-            origin = importlib.util.spec_from_file_location(file.stem, file)
-            assert origin is not None
-            assert origin.loader is not None
-            module = importlib.util.module_from_spec(origin)
-            # Known by its name, so that what it defines can be pickled for worker processes.
-            sys.modules.setdefault(file.stem, module)
-            origin.loader.exec_module(module)
+            module = _imported(self.folder / where)
         else:
             try:
                 module = importlib.import_module(where)
@@ -634,6 +626,25 @@ def accepts(name: str) -> dict[str, Any]:
     if factory.__init__ is Method.__init__:
         return {}
     return {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
+
+
+def _imported(file: Path) -> ModuleType:
+    """A file as a module, under its path as its name, so that it hides no other module; run once."""
+    name = str(file.resolve())
+    if name in sys.modules:
+        return sys.modules[name]
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    origin = importlib.util.spec_from_file_location(name, file)
+    assert origin is not None
+    assert origin.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(origin)
+    try:
+        origin.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def hugging_face(folder: Path, auto: str | None, args: Mapping[str, Any]) -> nn.Module:

@@ -38,7 +38,14 @@ def equal(a: Any, b: Any) -> bool:
 def test_states_come_back_as_they_were(tmp_path):
     shared = torch.arange(6.0)
     state = {
-        "tensors": [shared, shared, shared[:2], torch.zeros(0), torch.tensor(True), torch.ones(2, dtype=torch.bfloat16)],
+        "tensors": [
+            shared,
+            shared,
+            shared[:2],
+            torch.zeros(0),
+            torch.tensor(True),
+            torch.ones(2, dtype=torch.bfloat16),
+        ],
         3: (1, 2.5, -0.1 + 0.2, None, "ü\n", True),
         "nested": {"tuple": (), "dict": {}, "list": [[1], (2,)]},
         "generators": rng.state(),
@@ -316,7 +323,7 @@ def test_a_strangers_pickle_is_refused_without_running_it(tmp_path):
     for number, content in enumerate([CNN(), {"weight": Payload()}]):
         path = tmp_path / f"{number}.pt"
         torch.save(content, path)
-        with pytest.raises(StoreError, match="a pickle that runs code.*convert it once: safetensors"):
+        with pytest.raises(StoreError, match=r"a pickle that runs code.*convert it once: safetensors"):
             load_weights(path, CNN())
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(StoreError):

@@ -24,7 +24,7 @@ from transfuse.core.method import Method, Then
 from transfuse.core.trainer import Interrupted, Trainer
 from transfuse.distill import KD, Hints, Labels
 
-STEPS = 16
+STEPS = 40
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -118,7 +118,13 @@ def killed_and_resumed(case: str, folder: Path, moments: list[float | str]) -> d
 
 def test_killed_at_five_random_moments_it_ends_bit_identical(tmp_path):
     draw = random.Random(20261121)
-    moments: list[float | str] = [draw.uniform(0, 0.03), "saving", draw.uniform(0, 0.03), draw.uniform(0, 0.03), "saving"]
+    moments: list[float | str] = [
+        draw.uniform(0, 0.03),
+        "saving",
+        draw.uniform(0, 0.03),
+        draw.uniform(0, 0.03),
+        "saving",
+    ]
     assert killed_and_resumed("data set", tmp_path / "run", moments) == unbroken("data set")
 
 

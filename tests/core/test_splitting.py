@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ from transfuse.losses import Term, kl_divergence
 class Mixed(Distillation):
     """Every kind of unit at once: tokens, samples, an own one, and one that only the forward pass knows."""
 
-    units = {"third token": lambda batch: batch.mask[:, 2].sum()}
+    units: ClassVar = {"third token": lambda batch: batch.mask[:, 2].sum()}
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> dict[str, Term]:
         tokens = kl_divergence(student.logits, teacher.logits)
@@ -119,16 +119,21 @@ def test_extra_padding_changes_no_gradient(case):
 def work(folder: Path, rank: int) -> None:
     sync = sync_for("cpu")
     assert (sync.rank, sync.world) == (rank, 2)
-    found = {
-        (case, size): gradients(case, micro_batch=size, sync=sync) for case in CASES for size in (None, 2)
-    }
+    found = {(case, size): gradients(case, micro_batch=size, sync=sync) for case in CASES for size in (None, 2)}
     student = CNN(norm=True, seed=rank)  # a launcher's processes need not agree on how they were seeded
     method = KD() + 0.5 * Hints("layer2", "layer2")
     run = trainer(method, student, CNN(width=6), images(), sync=sync, folder=folder / "run", steps=5, clip=1.0)
     run.fit()
     again = CNN(norm=True, seed=5 + rank)
     trainer(
-        KD() + 0.5 * Hints("layer2", "layer2"), again, CNN(width=6), images(), sync=sync, folder=folder / "run", steps=5, clip=1.0
+        KD() + 0.5 * Hints("layer2", "layer2"),
+        again,
+        CNN(width=6),
+        images(),
+        sync=sync,
+        folder=folder / "run",
+        steps=5,
+        clip=1.0,
     ).fit(resume=True)
     answer = {
         "gradients": found,
@@ -225,6 +230,7 @@ def test_unlabelled_dense_outputs_count_their_positions_late():
 
 def test_relations_are_the_mean_over_micro_batches():
     """The batch-coupled exception: RKD's gradient is that of its mean over the micro-batches."""
+
     def parts() -> dict[str, Tensor]:
         found = []
         x, y = images()
@@ -234,5 +240,3 @@ def test_relations_are_the_mean_over_micro_batches():
         return {name: sum(f[name] for f in found) / 3 for name in found[0]}
 
     assert_equal_gradients(parts(), first_gradients(RKD(), CNN(), CNN(width=6, seed=1), images(), micro_batch=4))
-
-

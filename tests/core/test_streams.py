@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
+from transfuse.core.method import Method
 from transfuse.core.phases import Observe, Stage
 from transfuse.core.rng import derive
 from transfuse.core.streams import Cursor, Draw, Generated, Indexed, Iterated, Stream, as_data
-from transfuse.core.method import Method
 from transfuse.distill import Labels
 
 X = torch.arange(20.0).reshape(10, 2)
@@ -68,7 +68,7 @@ def test_every_kind_reads_each_sample_once_an_epoch(kinds):
         epochs = drawn(data, updates=6)
         for epoch in (epochs[:3], epochs[3:]):
             assert [len(u[0]) for u in epoch] == [4, 4, 2], name  # a short last batch
-            assert sorted(sum((u[0] for u in epoch), [])) == list(range(10)), name
+            assert sorted(i for update in epoch for i in update[0]) == list(range(10)), name
 
 
 def test_every_kind_keeps_inputs_with_their_labels(kinds):
@@ -195,7 +195,9 @@ def test_a_list_of_token_samples_is_no_list_of_batches():
 
 def test_reads_hugging_face_data_sets():
     datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3], [4, 5]], "label": [0, 1, 2], "text": ["a", "b", "c"]})
+    table = datasets.Dataset.from_dict(
+        {"input_ids": [[1, 2], [3], [4, 5]], "label": [0, 1, 2], "text": ["a", "b", "c"]}
+    )
     batch = as_data(table).sample(3)
     assert batch.inputs["input_ids"].tolist() == [[1, 2], [3, 0], [4, 5]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1], [1, 0], [1, 1]]
@@ -339,4 +341,3 @@ def test_generated_data_only_says_how_long_an_epoch_is():
 def test_seeds_differ_with_every_part_and_are_the_same_everywhere():
     assert derive(0, "data", 1) == 2247614744653750975
     assert len({derive(0, "data", 1), derive(1, "data", 1), derive(0, "more", 1), derive(0, "data", 2)}) == 4
-

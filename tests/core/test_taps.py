@@ -133,7 +133,12 @@ def test_an_ambiguous_suffix_is_refused_with_what_it_fits():
 
 
 def test_a_wildcard_never_mixes_two_places():
-    model = nn.ModuleDict({"encoder": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1)])}), "decoder": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1)])})})
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1)])}),
+            "decoder": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1)])}),
+        }
+    )
     with pytest.raises(LayerError, match=r"'blocks\.\*' is ambiguous"):
         resolve(model, "blocks.*")
     assert resolve(model, "decoder.blocks.*") == ["decoder.blocks.0"]

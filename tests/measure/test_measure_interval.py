@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from scipy import stats
 
 from transfuse.core.errors import InputError, ShapeError
 from transfuse.measure import Interval, bootstrap, paired
+from transfuse.measure.interval import _t_quantile
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,14 +55,33 @@ def test_equals_scipy_for_one_seed():
 
 def test_equals_a_plain_loop_over_both_axes():
     values = normal(4, 12) + normal(4, 1, seed=1)
+    # Three degrees of freedom: the seeds are moved apart by what a t interval is wider than a bootstrap of four.
+    stretch = math.sqrt(4 / 3) * stats.t.ppf(0.95, 3) / stats.norm.ppf(0.95)
+    moved = values + (stretch - 1) * (values.mean(1, keepdim=True) - values.mean())
     generator = torch.Generator().manual_seed(7)
     means = []
     for _ in range(20_000):
         rows = torch.randint(4, (4,), generator=generator)
         columns = torch.randint(12, (12,), generator=generator)
-        means.append(values[rows][:, columns].mean())
+        means.append(moved[rows][:, columns].mean())
     reference = torch.stack(means).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-    assert ends(bootstrap(values, confidence=0.9, draws=20_000)) == pytest.approx(reference, abs=0.03)
+    assert ends(bootstrap(values, confidence=0.9, draws=20_000)) == pytest.approx(reference, abs=0.05)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 10, 100])
+@pytest.mark.parametrize("quantile", [0.75, 0.95, 0.975, 0.995])
+def test_the_t_quantile_is_scipys(quantile, freedom):
+    assert _t_quantile(quantile, freedom) == pytest.approx(stats.t.ppf(quantile, freedom), rel=2e-3)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_covers_the_true_mean_with_few_seeds_that_differ_more_than_samples(seeds):
+    covered = 0
+    for trial in range(400):
+        values = normal(seeds, 1, seed=trial) + 0.5 * normal(seeds, 40, seed=1000 + trial)
+        interval = bootstrap(values, draws=400, seed=trial)
+        covered += interval.low <= 0 <= interval.high
+    assert 0.90 <= covered / 400 <= 0.99
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -127,9 +148,9 @@ def test_holds_few_draws_at_once(monkeypatch):
         return randint(high, size, **options)
 
     monkeypatch.setattr(torch, "randint", spy)
-    interval = bootstrap(normal(2, 10_000), draws=500)
+    interval = bootstrap(normal(1, 10_000), draws=500)
     assert 0 < largest <= 2**21
-    assert ends(interval) == pytest.approx([interval.mean - 0.0139, interval.mean + 0.0139], abs=0.005)
+    assert ends(interval) == pytest.approx([interval.mean - 0.0196, interval.mean + 0.0196], abs=0.005)
 
 
 def test_accepts_booleans():

@@ -181,6 +181,18 @@ def test_a_result_goes_where_out_says(tmp_path: Path) -> None:
     assert ProofResult.read(tmp_path / "here.json").name == "kd"
 
 
+def test_annotate_changes_the_notes_and_nothing_else(
+    content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proofs.__main__.RESULTS", tmp_path)
+    before = ProofResult.model_validate({**content, "notes": "an old note"})
+    before.write(tmp_path / "kd.json")
+    done = CliRunner().invoke(app, ["annotate", "kd"])
+    assert done.exit_code == 0, done.output
+    after = ProofResult.read(tmp_path / "kd.json")
+    assert after == before.model_copy(update={"notes": find("kd").notes})
+
+
 @pytest.mark.parametrize("arguments", [[], ["kd", "--all"], ["--all", "--out", "x.json"]])
 def test_run_wants_one_name_or_all(arguments: list[str]) -> None:
     assert CliRunner().invoke(app, ["run", *arguments]).exit_code == 2

@@ -28,10 +28,12 @@ def call_named(kind: str, registry: Mapping[str, Callable[..., T]], name: str, a
     entry = registry[name]
     parameters = inspect.signature(entry).parameters
     accepted = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters.values()) or "no arguments"
+    kinds = {p.kind for p in parameters.values()}
     unknown = [a for a in arguments if a not in parameters]
-    if unknown:
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise InputError(f"{kind} {name!r} has no argument {unknown[0]!r}; it takes: {accepted}")
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
     if missing:
         raise InputError(f"{kind} {name!r} needs the argument {missing[0]!r}; it takes: {accepted}")
     return entry(**arguments)

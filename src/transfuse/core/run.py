@@ -87,7 +87,7 @@ class Run:
         Args:
             role: `"target"`, `"source"`, `"source.0"`, ...
             batch: the model is called with its `inputs`.
-            grad: False runs without a graph.
+            grad: False runs without a graph, and moves no running statistics.
             params: parameters and buffers to use in the place of the model's own, by name.
             swap: activations to put in the place of tapped ones.
             until: stop after this tap; the outputs then have no logits.
@@ -97,7 +97,7 @@ class Run:
             self._taps[role] = Taps(model, self._wants.get(role, ()), batch.inputs)
         if self._shared:
             self.set_modes(self._train, only=role)
-        if role not in self._learning and model.training:
+        if model.training and not (grad and role in self._learning):
             # Running statistics belong to a model that learns; here it works on copies of them.
             params = {**{name: buffer.clone() for name, buffer in model.named_buffers()}, **(params or {})}
         taps = self._taps[role]

@@ -68,7 +68,7 @@ class Watch:
         total = sum(norms.values())
         for name, norm in norms.items():
             key = f"{phase.name}/{name}"
-            if weights[name] == 0.0 or len(norms) < 2 or norm >= SHARE * total:
+            if weights[name] == 0.0 or self._zero.get(key) or len(norms) < 2 or norm >= SHARE * total:
                 self._small.pop(key, None)
             elif step - self._small.setdefault(key, step) >= PATIENCE:
                 self._say(
