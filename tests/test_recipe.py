@@ -119,7 +119,10 @@ sys.exit("torch" in sys.modules)
         ),
         ({"data": "{name: digits, argss: {}}"}, "tiny.yaml: data.argss: unknown key; did you mean 'args'?"),
         ({"method": "{then: [KD], share: [1]}"}, "tiny.yaml: method.share: unknown key; did you mean 'shares'?"),
-        ({"method": "{name: KD, weight: {liner: [0, 1]}}"}, "method.weight.liner: unknown key; did you mean 'linear' or"),
+        (
+            {"method": "{name: KD, weight: {liner: [0, 1]}}"},
+            "method.weight.liner: unknown key; did you mean 'linear' or",
+        ),
         ({"compare": "[{then: [KD], shars: [1]}]"}, "compare[0].shars: unknown key; did you mean 'shares'?"),
         ({"lr": "0.1"}, "tiny.yaml: lr: unknown key; it belongs under 'training'."),
         ({"weights": "a.pt"}, "weights: unknown key; it belongs under 'source'."),
@@ -146,7 +149,10 @@ def test_an_unknown_key_is_answered_with_its_place_and_the_nearest(
         ({"seeds": "[]"}, "seeds: "),
         ({"name": "[a]"}, "name: expected text, found ['a']"),
         ({"target": "{model: mlp, args: 3}"}, "target.args: expected `key: value` pairs, found 3"),
-        ({"method": "{name: KD, weight: {linear: 3}}"}, "method.weight.linear: expected a list of two numbers, found 3"),
+        (
+            {"method": "{name: KD, weight: {linear: 3}}"},
+            "method.weight.linear: expected a list of two numbers, found 3",
+        ),
         ({"method": "{name: KD, weight: {}}"}, "method.weight: expected 'linear' or 'cosine', one of them"),
         ({"method": "{temperature: 4}"}, "method.name: is missing"),
         ({"target": "{}"}, "target: expected 'model' or 'huggingface', one of them"),
@@ -171,7 +177,9 @@ def test_a_missing_part_is_named(read: Callable[..., Recipe]) -> None:
 
 
 def test_an_unknown_method_is_answered_with_the_nearest(read: Callable[..., Recipe]) -> None:
-    assert "method.name: no method is called 'Hintz': did you mean 'Hints'?" in refused(read, with_lines(method="Hintz"))
+    assert "method.name: no method is called 'Hintz': did you mean 'Hints'?" in refused(
+        read, with_lines(method="Hintz")
+    )
 
 
 def test_an_unknown_arm_is_answered_with_arms_and_methods(read: Callable[..., Recipe]) -> None:
@@ -248,7 +256,11 @@ def test_methods_by_name_with_arguments_in_sums_and_in_sequence(read: Callable[.
 
 
 def test_a_weight_may_follow_the_training(read: Callable[..., Recipe]) -> None:
-    total = built(read(with_lines(method="[KD, {name: RKD, weight: {linear: [0, 1]}}, {name: Labels, weight: {cosine: [1, 0.5]}}]")))
+    total = built(
+        read(
+            with_lines(method="[KD, {name: RKD, weight: {linear: [0, 1]}}, {name: Labels, weight: {cosine: [1, 0.5]}}]")
+        )
+    )
     assert total.weights == (1.0, Linear(0, 1), Cosine(1, 0.5))
     assert total.weights[1](Clock(step=1, steps=4)) == 0.25
     assert isinstance(total.methods[2], Labels)
@@ -257,8 +269,14 @@ def test_a_weight_may_follow_the_training(read: Callable[..., Recipe]) -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("{name: KD, temprature: 4}", "method: method 'KD' has no argument 'temprature'; it takes: temperature=4.0, alpha"),
-        ("{name: Hints, student: fc}", "method: method 'Hints' needs the argument 'teacher'; it takes: student, teacher"),
+        (
+            "{name: KD, temprature: 4}",
+            "method: method 'KD' has no argument 'temprature'; it takes: temperature=4.0, alpha",
+        ),
+        (
+            "{name: Hints, student: fc}",
+            "method: method 'Hints' needs the argument 'teacher'; it takes: student, teacher",
+        ),
         ("{name: Labels, temperature: 4}", "method: method 'Labels' has no argument 'temperature'; it takes: no arg"),
         ("{name: KD, temperature: -1}", "method: KD: temperature is -1, it must be positive"),
         ("{name: KD, temperature: hot}", "method: TypeError"),
@@ -284,15 +302,24 @@ def test_shares_that_do_not_fit_are_refused_with_the_place(read: Callable[..., R
         ({"training": "{}"}, "training: say how long to train: epochs=... or steps=..."),
         ({"training": "{steps: 1, optimizer: adm}"}, "training: unknown optimizer 'adm': did you mean 'adam'"),
         ({"target": "mpl"}, "target: there is no model 'mpl'; did you mean 'mlp'?"),
-        ({"source": "{model: mlp, args: {hiden: [3]}}"}, "source: model 'mlp' has no argument 'hiden'; it takes: inputs"),
+        (
+            {"source": "{model: mlp, args: {hiden: [3]}}"},
+            "source: model 'mlp' has no argument 'hiden'; it takes: inputs",
+        ),
         ({"data": "digts"}, "data: there is no data set 'digts'; did you mean 'digits'?"),
-        ({"data": "{name: digits, args: {label: 5}}"}, "data: data set 'digits' has no argument 'label'; it takes: labels"),
+        (
+            {"data": "{name: digits, args: {label: 5}}"},
+            "data: data set 'digits' has no argument 'label'; it takes: labels",
+        ),
         ({"data": "own.py:trple"}, "data: own.py has no function 'trple'; did you mean 'triple'?"),
         ({"data": "own.py:number"}, "data: own.py has no function 'number'"),
         ({"data": "nowhere.py:load"}, "nowhere.py"),
         ({"data": "no_such_package.module:load"}, "data: cannot import 'no_such_package.module'"),
         ({"data": "own.py:pair"}, "data: own.py:pair returned a tuple: expected transfuse.datasets.Splits, a tuple"),
-        ({"data": "{name: 'own.py:mapping', args: {key: valid}}"}, "returned 'valid', which is unknown; did you mean 'val"),
+        (
+            {"data": "{name: 'own.py:mapping', args: {key: valid}}"},
+            "returned 'valid', which is unknown; did you mean 'val",
+        ),
         ({"source": "{huggingface: nowhere}"}, "is no folder with a Hugging Face model"),
         ({"task": "classificaton"}, "unknown task 'classificaton': did you mean 'classification'"),
     ],

@@ -36,7 +36,9 @@ except SystemExit:
 # Help
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("methods",), ("methods", "--json"), ("--version",)])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("methods",), ("methods", "--json"), ("--version",)]
+)
 def test_help_and_catalogue_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert silent_modules(*arguments) == []
 

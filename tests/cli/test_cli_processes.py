@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
+import torch
+from typer.testing import Result
 
-Start = Callable[..., subprocess.Popen[str]]
+Run = Callable[..., Result]
 Write = Callable[..., Path]
 
 # Long enough to be stopped in the middle, with a checkpoint after every update.
-LONG = {"training": {"steps": 60, "batch_size": 8, "lr": 0.01, "ema": 0.9, "checkpoint_every": 0}}
+LONG = {
+    "training": {"steps": 60, "batch_size": 8, "lr": 0.01, "ema": 0.9, "checkpoint_every": 0},
+    "source.train": {"steps": 60, "batch_size": 8, "lr": 0.01, "checkpoint_every": 0},
+}
+SOURCE = "tiny/source/arms/labels/seed-0/checkpoints/update-[1-9]*"
+METHOD = "tiny/arms/kd/seed-0/checkpoints/update-[1-9]*"
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, output and errors."""
-    code = process.wait(120)
-    return code, Path("out.txt").read_text(), Path("err.txt").read_text()
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # as in the processes, so that sums are the same bit by bit
 
 
-def wait_for(pattern: str, process: subprocess.Popen[str], count: int = 1) -> None:
-    """Wait until so many files of the run exist."""
+def command(folder: str, *arguments: str) -> None:
+    """The command line, in a process that was just forked."""
+    from transfuse.cli import app
+
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    app(arguments)
+
+
+def wait_for(pattern: str, alive: Callable[[], bool]) -> None:
+    """Wait until the run has written this."""
     deadline = time.monotonic() + 60
-    while len(list(Path("runs").glob(pattern))) < count:
-        assert process.poll() is None, Path("err.txt").read_text()
+    while not list(Path("runs").glob(pattern)):
+        assert alive()
         assert time.monotonic() < deadline, f"no {pattern}"
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def measured(report: Path) -> list[Any]:
@@ -43,46 +59,43 @@ def measured(report: Path) -> list[Any]:
     return arms
 
 
-@pytest.mark.parametrize(
-    "moment",
-    ["tiny/source/arms/labels/seed-0/checkpoints/update-[1-9]*", "tiny/arms/kd/seed-0/checkpoints/update-[1-9]*"],
-    ids=["while the source is trained", "while the method is trained"],
-)
-def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(start: Start, write: Write, moment: str) -> None:
-    recipe = write({**LONG, "source.train.checkpoint_every": 0, "source.train.steps": 60})
-    assert finish(start("transfuse", "run", recipe, "--out", "whole", "--quiet"))[0] == 0
-    process = start("transfuse", "run", recipe)
-    wait_for(moment, process)
-    process.kill()
-    process.wait()
-    assert not Path("runs/tiny/report.json").exists()
-    recipe.unlink()  # the folder is enough
-    code, out, err = finish(start("transfuse", "resume", "runs/tiny"))
-    assert code == 0, err
-    assert "Report: runs/tiny/report.html" in out
+def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(transfuse: Run, write: Write) -> None:
+    recipe = write(LONG)
+    assert transfuse("run", recipe, "--out", "whole", "--quiet").exit_code == 0
+    for arguments, moment in ((("run", str(recipe)), SOURCE), (("resume", "runs/tiny"), METHOD)):
+        process = processes.start(command, os.getcwd(), *arguments, "--quiet")
+        wait_for(moment, process.is_alive)
+        process.kill()
+        process.join()
+        assert not Path("runs/tiny/report.json").exists()
+        recipe.unlink(missing_ok=True)  # the folder is enough to go on
+    done = transfuse("resume", "runs/tiny")
+    assert done.exit_code == 0, done.output
+    assert "Report: runs/tiny/report.html" in done.stdout
     assert measured(Path("runs/tiny/report.json")) == measured(Path("whole/report.json"))
     assert Path("runs/tiny/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
-def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(start: Start, write: Write) -> None:
+def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(transfuse: Run, write: Write, start: Any) -> None:
     process = start("transfuse", "run", write(LONG))
-    wait_for("tiny/arms/kd/seed-0/checkpoints/update-[1-9]*", process)
+    wait_for(METHOD, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    assert (code, out) == (130, "")
-    assert "Go on with: transfuse resume runs/tiny" in err
-    assert "Traceback" not in err
-    assert list(Path("runs/tiny/arms/kd/seed-0/checkpoints").glob("update-*"))
-    assert finish(start("transfuse", "resume", "runs/tiny", "-q"))[0] == 0
+    assert process.wait(60) == 130
+    said = Path("err.txt").read_text()
+    assert "Go on with: transfuse resume runs/tiny" in said
+    assert "Traceback" not in said
+    assert Path("out.txt").read_text() == ""
+    assert transfuse("resume", "runs/tiny", "--quiet").exit_code == 0
 
 
-def test_two_processes_find_what_one_finds(start: Start, write: Write) -> None:
+def test_two_processes_find_what_one_finds(transfuse: Run, write: Write, start: Any) -> None:
     recipe = write()
-    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no")
-    code, out, err = finish(start(*launch, "--dynamo_backend", "no", "-m", "transfuse", "run", recipe, "--out", "two"))
-    assert code == 0, err
-    assert out.count("Report: two/report.html") == 1
-    assert finish(start("transfuse", "run", recipe, "--out", "one", "--quiet"))[0] == 0
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    process = start(*launch, *plain, "-m", "transfuse", "run", recipe, "--out", "two")
+    assert process.wait(120) == 0, Path("err.txt").read_text()
+    assert Path("out.txt").read_text().count("Report: two/report.html") == 1
+    assert transfuse("run", recipe, "--out", "one", "--quiet").exit_code == 0
     for two, one in zip(measured(Path("two/report.json")), measured(Path("one/report.json")), strict=True):
         assert two["runs"][0]["metrics"] == pytest.approx(one["runs"][0]["metrics"], abs=1e-4)
         assert [p["loss"] for p in two["runs"][0]["curve"]] == pytest.approx(
