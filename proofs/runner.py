@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,12 +13,11 @@ from torch.utils.data import Dataset, Subset
 
 from proofs.proof import HERE, SHUFFLED, Proof, Trained
 from proofs.result import Gain, ProofResult, Run
-from transfuse import Transfer, measure, transfer
-from transfuse.comparison import ArmResult, ArmRun, gain
-from transfuse.core.checkpoint import load_state
+from transfuse import measure, transfer
+from transfuse.comparison import ArmRun, gain
 from transfuse.core.machine import commit, machine, versions
 from transfuse.distill import Labels
-from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation
+from transfuse.evaluation import HIGHER_IS_BETTER
 from transfuse.measure import Interval
 
 RESULTS = HERE / "results"
@@ -39,22 +36,19 @@ def run(proof: Proof, smoke: bool = False) -> ProofResult:
     if smoke:
         training, seeds = _short(training), seeds[:1]
         test = Subset(splits.test, range(SMOKE_SAMPLES)) if splits.test else None
-    with tempfile.TemporaryDirectory() as folder:
-        experiment = Transfer(
-            proof.method,
-            source=_trained(proof.source, smoke),
-            target=proof.target,
-            data=splits.train,
-            test=test,
-            compare=proof.compare,
-            seeds=seeds,
-            classes=splits.classes,
-            out=Path(folder) / "run",
-            name=proof.name,
-            **training,
-        )
-        report = experiment.run().report
-        method, *others = _arms(experiment)
+    result = transfer(
+        proof.method,
+        source=_trained(proof.source, smoke),
+        target=proof.target,
+        data=splits.train,
+        test=test,
+        compare=proof.compare,
+        seeds=seeds,
+        classes=splits.classes,
+        name=proof.name,
+        **training,
+    )
+    method, *others = result.arms
     gains = {arm.name: gain(method, arm, proof.metric) for arm in others}
     return ProofResult.model_validate(
         {
@@ -64,7 +58,7 @@ def run(proof: Proof, smoke: bool = False) -> ProofResult:
             "proves": list(proof.proves),
             "method": method.name,
             "data": proof.data,
-            "source": report.source,
+            "source": result.report.source,
             "training": dict(training),
             "metric": proof.metric,
             "higher_is_better": HIGHER_IS_BETTER[proof.metric],
@@ -92,19 +86,6 @@ def _trained(source: Trained, smoke: bool) -> nn.Module:
     if smoke:
         source = replace(source, training=_short(source.training))
     return transfer(Labels(), target=source.build, data=source.splits().train, **source.training).model
-
-
-def _arms(experiment: Transfer) -> list[ArmResult]:
-    """What every arm did, sample by sample: a report compares with one baseline, a proof with every arm."""
-    assert experiment.out is not None
-    arms = []
-    for arm in experiment.arms:
-        runs = []
-        for seed in experiment.seeds:
-            state = load_state(experiment.out / "arms" / arm.folder / f"seed-{seed}" / "run.safetensors")
-            runs.append(ArmRun(**{**state, "evaluation": Evaluation(**state["evaluation"])}))
-        arms.append(ArmResult(arm.name, arm.role, runs))
-    return arms
 
 
 def _run(arm: str, run: ArmRun, metric: str) -> Run:

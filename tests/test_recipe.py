@@ -13,8 +13,8 @@ from torch import nn
 
 from transfuse import experiment
 from transfuse.core.clock import Clock, Cosine, Linear
+from transfuse.core.composition import Sum, Then
 from transfuse.core.errors import InputError, MethodError, StoreError
-from transfuse.core.method import Sum, Then
 from transfuse.core.training import Training
 from transfuse.distill import KD, RKD, Hints, Labels
 from transfuse.recipe import ARMS, Recipe, TrainingSpec
@@ -292,7 +292,7 @@ def test_wrong_arguments_of_a_method_name_the_place_and_the_accepted_ones(
 
 
 def test_shares_that_do_not_fit_are_refused_with_the_place(read: Callable[..., Recipe]) -> None:
-    with pytest.raises(MethodError, match="tiny.yaml: method: Then needs one share per method"):
+    with pytest.raises(MethodError, match=r"tiny\.yaml: method: Then needs one share per method"):
         read(with_lines(method="{then: [KD, RKD], shares: [1]}")).build()
 
 
@@ -432,7 +432,7 @@ def test_a_mistake_is_found_before_anything_is_trained_or_written(read: Callable
 
 
 def test_a_source_that_is_only_a_function_cannot_be_trained(read: Callable[..., Recipe]) -> None:
-    with pytest.raises(InputError, match="source.train: a TensorDataset cannot be trained"):
+    with pytest.raises(InputError, match=r"source\.train: a TensorDataset cannot be trained"):
         read(with_lines(source="{model: 'own.py:part', train: {steps: 1}}")).build()
 
 
@@ -459,7 +459,7 @@ def test_a_run_says_how_it_was_started(read: Callable[..., Recipe], tmp_path: Pa
     again = Recipe.of_run(tmp_path / "run")
     assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe.text
     assert (again.content, again.out, again.folder.resolve()) == (recipe.content, recipe.out, tmp_path.resolve())
-    assert (again.finished, again.trainings) == (1, 1)
+    assert (again.spec, again.finished, again.trainings) == (recipe.spec, 1, 1)
 
 
 def test_a_folder_without_a_recipe_cannot_be_resumed(tmp_path: Path) -> None:

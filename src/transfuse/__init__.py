@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transfuse.core.clock import Constant, Cosine, Linear, Warmup
-    from transfuse.core.method import Then
+    from transfuse.core.composition import Then
     from transfuse.core.teacher import LogitsTeacher
     from transfuse.experiment import Result, Transfer, transfer
     from transfuse.report.schema import Report
@@ -27,7 +27,7 @@ _HOMES = {
     "Transfer": "transfuse.experiment",
     "Result": "transfuse.experiment",
     "Report": "transfuse.report.schema",
-    "Then": "transfuse.core.method",
+    "Then": "transfuse.core.composition",
     "LogitsTeacher": "transfuse.core.teacher",
     "Linear": "transfuse.core.clock",
     "Cosine": "transfuse.core.clock",

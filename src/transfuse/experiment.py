@@ -73,10 +73,12 @@ class Result:
     Attributes:
         model: the trained target of the first seed, of exactly the class that was passed in, in eval mode.
         report: whether the knowledge arrived.
+        arms: what every arm did with every seed, sample by sample, for questions that the report does not answer.
     """
 
     model: nn.Module
     report: Report
+    arms: Sequence[ArmResult]
 
     def save(self, folder: str | Path) -> Path:
         """Write `model.safetensors`, `report.json`, `report.html` and `recipe.json`; return the folder.
@@ -239,7 +241,7 @@ class Transfer:
         finally:
             for module, training in modes.items():
                 module.training = training
-        result = Result(model.eval(), report)
+        result = Result(model.eval(), report, results)
         if self.out and self.sync.rank == 0:
             result.save(self.out)
         self.sync.barrier()
@@ -600,8 +602,7 @@ def _require(method: Method, source: nn.Module) -> None:
     """Check the source against every part of a method."""
     from transfuse.core.catalogue import working_with
 
-    parts: Sequence[Method] = getattr(method, "methods", (method,))
-    for part in parts:
+    for part in method.parts:
         require(source, part.card.teacher, type(part).__name__, ", ".join(working_with(gives(source))))
 
 

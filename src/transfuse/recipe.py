@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +42,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from transfuse.core import catalogue
 from transfuse.core.errors import InputError, MethodError, MissingExtraError, StoreError, nearest
 from transfuse.core.files import write_atomically
+from transfuse.core.interruption import Interrupted
 from transfuse.core.registry import call_named
 
 if TYPE_CHECKING:
@@ -241,10 +242,13 @@ class Content(Part):
     @field_validator("compare", mode="before")
     @classmethod
     def _known_arms(cls, entries: Any) -> Any:
-        known = [*ARMS, *(entry.name for entry in catalogue.entries())]
         for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, str) and not _is_arm(entry) and entry.lower() not in map(str.lower, known):
-                raise InputError(f"no arm or method is called {entry!r}: {nearest(entry, known)}")
+            if isinstance(entry, str) and not _is_arm(entry):
+                try:
+                    catalogue.find(entry)
+                except InputError:
+                    known = [*ARMS, *(found.name for found in catalogue.entries())]
+                    raise InputError(f"no arm or method is called {entry!r}: {nearest(entry, known)}") from None
         return entries
 
 
@@ -329,7 +333,8 @@ class Recipe:
             raise InputError(f"{out} holds no {RECIPE}, so there is nothing to resume: {how}")
         try:
             started = json.loads((out / STARTED).read_text(encoding="utf-8"))
-            return cls.read(out / RECIPE, out=out, seeds=started["seeds"], folder=out / started["folder"])
+            recipe = cls.read(out / RECIPE, out=out, seeds=started["seeds"], folder=out / started["folder"])
+            return replace(recipe, spec=recipe.spec.model_copy(update={"name": started["name"]}))
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise StoreError(f"cannot read {out / STARTED}, which says how this run was started: {error}") from None
 
@@ -382,8 +387,6 @@ class Recipe:
             TransferError: what is wrong; before anything is trained or written wherever it can be known then.
             Interrupted: the user stopped it; what was done is kept.
         """
-        from transfuse.core.trainer import Interrupted
-
         begun = self._begun(resume)
         transfer, lesson = self._assemble(listener)
         # A stream that can be read only once is not to be read by a dry run.
@@ -420,7 +423,11 @@ class Recipe:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot create {self.out}: {error.strerror or error}") from None
-        started = {"folder": os.path.relpath(self.folder, self.out), "seeds": self.content.get("seeds")}
+        started = {
+            "name": self.spec.name,
+            "folder": os.path.relpath(self.folder, self.out),
+            "seeds": self.content.get("seeds"),
+        }
         write_atomically(self.out / STARTED, json.dumps(started))
         write_atomically(self.out / RECIPE, self.text)
 
@@ -502,7 +509,8 @@ class Recipe:
         load_weights(weights, transfer.source)
 
     def _method(self, spec: One | list[One] | Chain) -> Method:
-        from transfuse.core.method import Method, Then
+        from transfuse.core.composition import Then
+        from transfuse.core.method import Method
 
         if isinstance(spec, Chain):
             return Then(*map(self._method, spec.then), shares=spec.shares)

@@ -19,7 +19,7 @@ Write = Callable[..., Path]
 COMMANDS = ["run", "resume", "check", "report", "methods", "show", "new"]
 
 
-def silent_modules(*arguments: str) -> list[str]:
+def heavy_modules(*arguments: str) -> list[str]:
     """Which heavy modules a command line has imported when it ends."""
     code = f"""
 import sys
@@ -40,7 +40,7 @@ except SystemExit:
     "arguments", [("--help",), ("run", "--help"), ("methods",), ("methods", "--json"), ("--version",)]
 )
 def test_help_and_catalogue_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
-    assert silent_modules(*arguments) == []
+    assert heavy_modules(*arguments) == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

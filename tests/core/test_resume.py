@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from transfuse.core import rng
-from transfuse.core.method import Method, Then
-from transfuse.core.trainer import Interrupted, Trainer
+from transfuse.core.composition import Then
+from transfuse.core.interruption import Interrupted
+from transfuse.core.method import Method
+from transfuse.core.trainer import Trainer
 from transfuse.distill import KD, Hints, Labels
 
 STEPS = 40

@@ -14,8 +14,9 @@ from helpers import CNN, METHODS, batch, digest, first_gradients, images, langua
 from torch import Tensor, nn
 
 from transfuse.core.clock import Clock, Linear
+from transfuse.core.composition import Then
 from transfuse.core.errors import CapabilityError, InputError, MethodError, VocabularyError
-from transfuse.core.method import Bag, Method, Then
+from transfuse.core.method import Bag, Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Observe, Phase, Stage
 from transfuse.core.streams import Generated, Iterated

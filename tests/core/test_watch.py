@@ -12,10 +12,11 @@ from helpers import CNN, images, trainer
 from torch import nn
 
 from transfuse.core.checkpoint import Checkpoints
+from transfuse.core.checks import fingerprint
 from transfuse.core.clock import Clock, Linear
 from transfuse.core.errors import DivergenceError
 from transfuse.core.outputs import Outputs
-from transfuse.core.watch import TransferWarning, fingerprint
+from transfuse.core.watch import TransferWarning
 from transfuse.distill import KD, Distillation, Hints, Labels
 from transfuse.losses import Term
 
@@ -117,7 +118,7 @@ def test_nan_in_the_data_names_samples_and_stream(micro_batch):
     with pytest.raises(DivergenceError) as error:
         trainer(KD(), CNN(), CNN(width=6), nan_in(17), epochs=1, micro_batch=micro_batch).fit()
     message = str(error.value)
-    assert "not finite: 'inputs' of stream 'data', samples [17]; so kd" in message
+    assert "not finite: 'inputs' of stream 'data', samples [17]; so 'kd', 'labels' are not finite at" in message
     assert "Clean the data." in message
 
 
@@ -136,7 +137,7 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tm
     message = str(error.value)
     newest = Checkpoints(tmp_path).newest
     assert newest.name == "update-5"
-    assert "the term 'blow' is not finite at update 5 of stage 0, phase 'student'" in message
+    assert "the loss 'blow' is not finite at update 5 of stage 0, phase 'student'" in message
     assert "Lower the learning rate" in message
     assert f"The last good checkpoint is kept in {newest}" in message
 
@@ -153,9 +154,7 @@ class Poisoned(KD):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    with pytest.raises(
-        DivergenceError, match=r"no longer finite after update 4, so nothing was saved over the last good"
-    ):
+    with pytest.raises(DivergenceError, match=r"no longer finite at update 4, so nothing was saved over the last good"):
         trainer(Poisoned(), CNN(), CNN(width=6), images(), steps=9, folder=tmp_path).fit()
     newest = Checkpoints(tmp_path).newest
     assert newest.name == "update-3"

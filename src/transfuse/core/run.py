@@ -132,7 +132,7 @@ class Run:
     def during(self, phase: Phase, rep: int) -> Iterator[None]:
         """The phase at work: its roles learn, all others keep their buffers."""
         self.phase, self.rep = phase, rep
-        self._learning = self._roles_of(phase)
+        self._learning = self.roles_of(phase)
         try:
             yield
         finally:
@@ -170,7 +170,8 @@ class Run:
             self._taps.pop(role).remove()
         return copy.deepcopy(self[role])
 
-    def _roles_of(self, phase: Phase) -> set[str]:
+    def roles_of(self, phase: Phase) -> set[str]:
+        """The roles of which a phase moves at least one parameter."""
         # Remembered, because every update asks and looking through the parameters of a large model takes a while.
         if phase not in self._learners:
             moved = set(phase.params)

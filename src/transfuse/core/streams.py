@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Draw:
-    """How batches are drawn: what is chosen per run, and which share belongs to this process."""
+    """How batches are drawn: what is chosen per run, and which share belongs to this process.
+
+    Whatever is cut, is cut into parts that differ by one sample at most: epochs into updates of at most
+    `batch_size`, an update into the shares of the processes, a share into micro-batches. So there is no small rest
+    that batch normalisation or a batch-coupled loss could trip over.
+    """
 
     batch_size: int
     micro_batch: int | None
@@ -58,9 +63,14 @@ class Draw:
 
     def split(self, size: int) -> list[tuple[int, int]]:
         """Bounds of this process's micro-batches within an update of `size` samples."""
-        start, stop = size * self.rank // self.world, size * (self.rank + 1) // self.world
-        step = self.micro_batch or max(1, stop - start)
-        return [(i, min(i + step, stop)) for i in range(start, stop, step)]
+        start, stop = even(size, self.world)[self.rank]
+        pieces = math.ceil((stop - start) / self.micro_batch) if self.micro_batch else 1
+        return [(start + i, start + j) for i, j in even(stop - start, pieces)]
+
+
+def even(size: int, parts: int) -> list[tuple[int, int]]:
+    """Bounds of `parts` consecutive parts that differ in size by one at most."""
+    return list(itertools.pairwise(size * i // parts for i in range(parts + 1)))
 
 
 class Indexed(Data):
@@ -103,8 +113,8 @@ class Indexed(Data):
         else:
             order = torch.arange(self.size)
         updates = [
-            [order[base + i : base + j] for i, j in draw.split(min(draw.batch_size, self.size - base))]
-            for base in range(start * draw.batch_size, self.size, draw.batch_size)
+            [order[begin + i : begin + j] for i, j in draw.split(end - begin)]
+            for begin, end in even(self.size, self.updates(draw.batch_size))[start:]
         ]
         if not draw.workers:
             for rows in updates:
@@ -283,10 +293,26 @@ class Stream:
 
 
 class Cursor:
-    """A position in a stream that can be saved: an epoch and a number of updates."""
+    """A position in a stream that can be saved: an epoch and a number of updates.
 
-    def __init__(self, stream: Stream, draw: Draw, name: str):
-        self.stream, self.draw, self.name = stream, draw, name
+    Raises:
+        InputError: the data is smaller than a batch, or an update smaller than the number of processes.
+    """
+
+    def __init__(self, data: Data, draw: Draw, name: str):
+        if isinstance(data, Indexed):
+            if data.size < draw.batch_size:
+                raise InputError(
+                    f"the data of {name!r} has {data.size} samples, fewer than one batch of {draw.batch_size}: "
+                    f"use batch_size={data.size} or less"
+                )
+            smallest = data.size // data.updates(draw.batch_size)
+            if smallest < draw.world:
+                raise InputError(
+                    f"{data.size} samples of {name!r} in batches of {draw.batch_size} are updates of {smallest}, fewer "
+                    f"than the {draw.world} processes: choose a larger batch_size"
+                )
+        self.data, self.draw, self.name = data, draw, name
         self.epoch, self.offset = 0, 0
         self._updates: Iterator[list[Batch]] | None = None
 
@@ -294,14 +320,14 @@ class Cursor:
         """This process's micro-batches of the next update."""
         for _ in range(2):
             if self._updates is None:
-                draw = Draw(**{**vars(self.draw), "seed": rng.derive(self.draw.seed, self.name, self.epoch)})
-                self._updates = self.stream.data.epoch(draw, self.offset)
+                draw = replace(self.draw, seed=rng.derive(self.draw.seed, self.name, self.epoch))
+                self._updates = self.data.epoch(draw, self.offset)
             micro = next(self._updates, None)
             if micro is not None:
                 self.offset += 1
                 return micro
             self.epoch, self.offset, self._updates = self.epoch + 1, 0, None
-            if isinstance(self.stream.data, Iterated) and self.stream.data.once:
+            if isinstance(self.data, Iterated) and self.data.once:
                 break
         raise InputError(
             f"the data of stream {self.name!r} has ended: an iterator can be read only once; "

@@ -7,13 +7,9 @@ checkpoint, the order of the data is a pure function of a position, and random n
 from __future__ import annotations
 
 import math
-import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,28 +19,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from transfuse.core import rng
+from transfuse.core import checks, rng
 from transfuse.core.batch import Batch, line_up
 from transfuse.core.checkpoint import Checkpoints
 from transfuse.core.clock import Clock
-from transfuse.core.errors import DivergenceError, InputError, MethodError, StoreError
+from transfuse.core.curve import RECORDS, Curve
+from transfuse.core.errors import DivergenceError, InputError, StoreError, TransferError
+from transfuse.core.interruption import Interrupted, Interruption
 from transfuse.core.method import Method
-from transfuse.core.phases import Observe, Phase, Stage
+from transfuse.core.phases import Losses, Observe, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.core.streams import Cursor, Data, Draw, Indexed, Stream
+from transfuse.core.streams import Cursor, Data, Draw, Stream
 from transfuse.core.sync import Sync
 from transfuse.core.training import Training
 from transfuse.core.update import Update, count_units
-from transfuse.core.watch import FIRST, Watch, fingerprint
+from transfuse.core.watch import FIRST, Watch
 
 READS = 10
-"""On an accelerator, values are read (and checked) every so many updates."""
-RECORDS = 200
-"""A learning curve has about this many points, whatever the length of the run."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; the message says where the checkpoint is and how to go on."""
+"""On an accelerator, values are read (and checked) every so many updates: reading makes it wait."""
 
 
 class Trainer:
@@ -90,30 +82,30 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(folder) if folder else None
         self.scaler = torch.amp.GradScaler(self.run.device.type, enabled=training.precision == "fp16")
-        self.watch = Watch()
+        self.schedule = training.make_schedule()
+        self.curve, self.watch = Curve(), Watch()
         self.updates = 0
         """Updates done over all stages."""
-        self.history: list[dict[str, Any]] = []
-        """The learning curve: one record every so many updates."""
-        self.stage: Stage | None = None
         self.average: AveragedModel | None = None
         self._number, self._opened, self._used = 0, False, False
+        self._stage: Stage
         self._optimizers: dict[str, Optimizer] = {}
         self._cursors: dict[str, Cursor] = {}
         self._best: dict[str, Any] | None = None
         self._pending: dict[str, Any] | None = None
-        self._window: dict[str, list[float]] = {}
-        self._last: dict[str, tuple[float, float | None]] = {}
-        self._schedule = training.make_schedule()
-        self._frozen: dict[str, dict[str, int]] = {}
         self._moving: set[str] = set()
-        self._stop = False
+        self._interruption = Interruption()
         self._saved_at = time.monotonic()
 
     @property
     def clock(self) -> Clock:
         """Where the current stage stands."""
         return self.run.clock
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The learning curve, see :class:`~transfuse.core.curve.Curve`."""
+        return self.curve.records
 
     @property
     def target(self) -> nn.Module:
@@ -135,7 +127,7 @@ class Trainer:
             raise InputError("this trainer has run already, and its method and target have moved: make a new one")
         self._used = True
         seed = rng.derive(self.training.seed, "run", self.sync.rank)
-        with rng.scope(seed), torch.enable_grad(), self._interruptible():
+        with rng.scope(seed), torch.enable_grad(), self._interruption:
             try:
                 self._start(resume)
                 while self._enter_stage():
@@ -143,17 +135,19 @@ class Trainer:
                     self._leave_stage()
             finally:
                 self.run.remove_taps()
+                for optimizer in self._optimizers.values():
+                    optimizer.zero_grad()
         if self.average:
             self.run["target"].load_state_dict(self.average.module.state_dict())
         return self.method.deploy(self.run["target"])
 
-    # One stage -------------------------------------------------------------------------------------------------
+    # Stages ----------------------------------------------------------------------------------------------------
 
     def _start(self, resume: bool) -> None:
         for model in self.run.roles.values():
             model.to(self.run.device)
             self.sync.broadcast(t.data for t in (*model.parameters(), *model.buffers()))
-        self._frozen = {role: fingerprint(model) for role, model in self.run.roles.items()}
+        self._frozen = checks.Frozen(self.run.roles)
         if self.training.ema is not None:
             self.average = AveragedModel(self.run["target"], multi_avg_fn=get_ema_multi_avg_fn(self.training.ema))
         first = next(iter(self.run.data.values()), None)
@@ -168,6 +162,7 @@ class Trainer:
             self._load(*saved)
 
     def _enter_stage(self) -> bool:
+        """Open the next stage, or the one a checkpoint stands in; False when there is none."""
         resumed, self._pending = self._pending, None
         if resumed is None:
             self.run.clock = Clock(self._number)
@@ -176,9 +171,10 @@ class Trainer:
                 return False
             self._agree()
             self._opened = True
-        self.stage = stage = self.method.stage(self._number, self.run)
-        self._check_side_parameters(stage)
-        self._moving |= set(self.method.keeps) | {r for p in stage.trained for r in self.run._roles_of(p)}
+        self._stage = stage = self.method.stage(self._number, self.run)
+        self._names = checks.parameter_names(self.method, self.run.roles)
+        checks.require_phases(self.method, self._number, stage, self._names)
+        self._moving |= set(self.method.keeps) | {r for p in stage.trained for r in self.run.roles_of(p)}
         self.run.set_modes(set(stage.train))
         self._cursors = {name: self._cursor(name, s) for name, s in stage.streams.items()}
         self._optimizers = {p.name: (p.optim or self.training.make_optimizer)(p.groups) for p in stage.trained}
@@ -193,7 +189,6 @@ class Trainer:
         return True
 
     def _run_stage(self) -> None:
-        assert self.stage is not None
         clock = self.clock
         while clock.step < clock.steps:
             if clock.step % (clock.per_epoch or clock.steps) == 0:
@@ -201,7 +196,7 @@ class Trainer:
             micro = self._draw()
             counts = count_units(self.method, micro)
             micro = [{name: batch.to(self.run.device) for name, batch in batches.items()} for batches in micro]
-            for phase in self.stage.phases:
+            for phase in self._stage.phases:
                 if isinstance(phase, Observe):
                     with torch.no_grad():
                         for batches in micro:
@@ -220,14 +215,13 @@ class Trainer:
             self._maybe_save()
 
     def _leave_stage(self) -> None:
-        assert self.stage is not None
         self.method.end_stage(self._number, self.run)
         self._agree()
         self._agree_buffers()
-        if self.stage.keep == "best" and self._best:
+        if self._stage.keep == "best" and self._best:
             self.target.load_state_dict(self._best["state"])
         self._best = None
-        self._check_frozen()
+        self._frozen.check(self._moving)
         self._number, self._opened = self._number + 1, False
         self.run.clock = Clock(self._number)
         self._save()
@@ -235,18 +229,21 @@ class Trainer:
     # One update ------------------------------------------------------------------------------------------------
 
     def _update(self, phase: Phase, micro: list[dict[str, Batch]], local: dict[str, float]) -> None:
+        """Many micro-batches, one step of the phase's optimiser."""
         optimizer, step = self._optimizers[phase.name], self.clock.step
         optimizer.zero_grad()
         update = Update(phase, local, self._totals(local), self.sync, self.scaler)
         norms: dict[str, float] | None = None
         for batches in micro:
-            terms = phase.loss(batches, self.run)
+            terms = self._loss(phase, batches)
             update.note(terms)
             if norms is None and self.watch.due(step):
                 norms = self.watch.norms(phase, terms, update.totals)
             update.backward(terms)
         update.finish()
-        values = self._checked(phase, update, micro, norms)
+        values = update.values()
+        if self.run.device.type == "cpu" or step % READS == 0 or step + 1 == self.clock.steps:
+            self._read(phase, update, values, norms, micro)
         self.scaler.unscale_(optimizer)
         if phase.combine:
             for p, gradient in zip(phase.shared, phase.combine(update.rows(), self.run), strict=True):
@@ -256,61 +253,60 @@ class Trainer:
             for p, gradient in (phase.edit(given, self.run) or given).items():
                 p.grad = gradient
         if step < FIRST and not self.method.continues:
-            self.watch.untaught(phase, self._parameter_names(), update.terms, step)
+            self.watch.untaught(phase, self._names, update.terms, step)
         if self.training.clip:
             torch.nn.utils.clip_grad_norm_(phase.params, self.training.clip)
-        schedule = phase.schedule or self._schedule
-        factor = schedule(self.clock)
+        factor = (phase.schedule or self.schedule)(self.clock)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.scaler.step(optimizer)
         self.scaler.update()
         self.method.after_update(phase, values, self.run)
 
-    def _checked(
-        self, phase: Phase, update: Update, micro: list[dict[str, Batch]], norms: dict[str, float] | None
-    ) -> dict[str, Tensor]:
-        """The values of the update, after every check on them, noted for the learning curve."""
-        values = update.values()
-        # Reading a number makes an accelerator wait.
-        if self.run.device.type != "cpu" and self.clock.step % READS and self.clock.step + 1 < self.clock.steps:
-            return values
+    def _loss(self, phase: Phase, batches: Mapping[str, Batch]) -> Losses:
+        try:
+            return phase.loss(batches, self.run)
+        except TransferError:
+            raise
+        except ValueError as error:  # the losses' own: shapes, or a label out of range in a later batch
+            raise InputError(f"phase {phase.name!r}, update {self.updates}: {error}") from error
+
+    def _read(
+        self,
+        phase: Phase,
+        update: Update,
+        values: dict[str, Tensor],
+        norms: dict[str, float] | None,
+        micro: list[dict[str, Batch]],
+    ) -> None:
+        """Check the values of an update, and note them for the learning curve."""
         update.check_counts()
         numbers = {name: float(value) for name, value in values.items()}
-        broken = [name for name, number in numbers.items() if not math.isfinite(number)]
-        if broken:
-            raise DivergenceError(self._explain(phase, broken, micro))
+        if broken := [name for name, number in numbers.items() if not math.isfinite(number)]:
+            self._diverged(phase, broken, micro)
         weights = {name: term.weight for name, term in update.terms.items()}
         self.watch.values(phase, numbers, weights)
         if norms is not None:
             self.watch.shares(phase, norms, weights, self.clock.step)
-        for name, number in numbers.items():
-            key = name if len(self._optimizers) == 1 else f"{phase.name}/{name}"
-            self._window.setdefault(key, []).append(number)
-            self._last[key] = (weights[name], (norms or {}).get(name))
-        return values
+        prefix = "" if len(self._optimizers) == 1 else phase.name + "/"
+        self.curve.note(*({prefix + name: v for name, v in d.items()} for d in (numbers, weights, norms or {})))
 
-    def _explain(self, phase: Phase, broken: list[str], micro: list[dict[str, Batch]]) -> str:
-        """Why a term is not finite: the data, or the training."""
+    def _diverged(self, phase: Phase, broken: list[str], micro: list[dict[str, Batch]]) -> None:
+        what = f"{', '.join(map(repr, broken))} {'is' if len(broken) == 1 else 'are'} not finite"
         where = f"at update {self.clock.step} of stage {self._number}, phase {phase.name!r}"
         kept = self.checkpoints.newest if self.checkpoints else None
         after = f" The last good checkpoint is kept in {kept}." if kept else ""
-        for name, batch in ((n, b) for batches in micro for n, b in batches.items()):
-            tensors = batch.inputs if isinstance(batch.inputs, Mapping) else {"inputs": batch.inputs}
-            for key, tensor in tensors.items():
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
-                    rows = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten()
-                    ids = batch.index[rows.to(batch.index.device)] if batch.index is not None else rows
-                    return (
-                        f"the data holds values that are not finite: {key!r} of stream {name!r}, samples "
-                        f"{ids[:5].tolist()}; so {', '.join(broken)} is not finite {where}. Clean the data.{after}"
-                    )
-        return (
-            f"the term {' and '.join(map(repr, broken))} is not finite {where}. Lower the learning rate "
-            f"(now {self._optimizers[phase.name].param_groups[0]['lr']:.2g}), or clip gradients with clip=1.0.{after}"
+        if found := checks.not_finite(micro):
+            raise DivergenceError(
+                f"the data holds values that are not finite: {found}; so {what} {where}. Clean the data.{after}"
+            )
+        rate = self._optimizers[phase.name].param_groups[0]["lr"]
+        raise DivergenceError(
+            f"the loss {what} {where}. Lower the learning rate (now {rate:.2g}), or clip gradients with clip=1.0.{after}"
         )
 
     def _totals(self, local: dict[str, float]) -> dict[str, float]:
+        """What each unit holds over all processes."""
         if self.sync.world == 1:
             return local
         total = self.sync.sum(torch.tensor(list(local.values()), dtype=torch.float64))
@@ -320,29 +316,16 @@ class Trainer:
 
     def _cursor(self, name: str, stream: Stream | Data) -> Cursor:
         stream = stream if isinstance(stream, Stream) else Stream(stream, shuffle=self.training.shuffle)
-        size, world = stream.batch_size or self.training.batch_size, self.sync.world
-        if isinstance(stream.data, Indexed):
-            held = stream.data.size
-            if held < size:
-                raise InputError(
-                    f"the data of {name!r} has {held} samples, fewer than one batch of {size}: "
-                    f"use batch_size={held} or less"
-                )
-            if size < world or 0 < held % size < world:
-                raise InputError(
-                    f"{held} samples of {name!r} in batches of {size} leave some update with fewer samples than the "
-                    f"{world} processes: choose another batch_size"
-                )
         draw = Draw(
-            batch_size=size,
+            batch_size=stream.batch_size or self.training.batch_size,
             micro_batch=self.training.micro_batch,
             shuffle=stream.shuffle,
             seed=rng.derive(self.training.seed, "data", self._number),
             rank=self.sync.rank,
-            world=world,
+            world=self.sync.world,
             workers=self.training.workers,
         )
-        return Cursor(Stream(stream.data, size, stream.shuffle), draw, name)
+        return Cursor(stream.data, draw, name)
 
     def _draw(self) -> list[dict[str, Batch]]:
         """The micro-batches of the next update, one batch per stream in each, still on the CPU."""
@@ -357,8 +340,8 @@ class Trainer:
         return [{name: line_up(batches[i], self.run.task) for name, batches in drawn.items()} for i in range(pieces)]
 
     def _set_length(self, stage: Stage) -> None:
-        first = next(iter(self._cursors.values())).stream
-        per_epoch = first.data.updates(first.batch_size or self.training.batch_size)
+        first = next(iter(self._cursors.values()))
+        per_epoch = first.data.updates(first.draw.batch_size)
         own = stage.epochs or stage.steps
         epochs, steps = (stage.epochs, stage.steps) if own else (self.training.epochs, self.training.steps)
         if steps is None:
@@ -367,49 +350,39 @@ class Trainer:
             steps = round((epochs or 0) * per_epoch)
         self.clock.steps, self.clock.per_epoch = max(1, round(steps * (1 if own else stage.share))), per_epoch
 
-    # Keeping ---------------------------------------------------------------------------------------------------
+    # Recording and keeping -------------------------------------------------------------------------------------
 
     def _record(self) -> dict[str, Any] | None:
         """A point of the learning curve, when one is due."""
         clock = self.clock
-        every = self.training.validate_every or clock.per_epoch or clock.steps
         last = clock.step == clock.steps
-        score = None
-        if self.validate and (last or clock.step % every == 0):
-            self._agree_buffers()
-            with rng.scope(0), torch.no_grad():
-                score = float(self.validate(self.target))
-            self.run.set_modes(set(self.stage.train if self.stage else ()))
-            if self.stage and self.stage.keep == "best" and (self._best is None or score > self._best["score"]):
-                state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
-                self._best = {"score": score, "state": state}
+        every = self.training.validate_every or clock.per_epoch or clock.steps
+        score = self._score() if self.validate and (last or clock.step % every == 0) else None
         if score is None and not last and clock.step % max(1, clock.steps // RECORDS):
             return None
-        terms: dict[str, Any] = {
-            name: {
-                "raw": sum(values) / len(values),
-                "weighted": self._last[name][0] * sum(values) / len(values),
-                "gradient_norm": self._last[name][1],
-            }
-            for name, values in self._window.items()
-        }
-        if not terms and self.history:  # nothing was read since the last record
-            terms = self.history[-1]["terms"]
-        self._window = {}
-        epoch = clock.step / clock.per_epoch if clock.per_epoch else 0.0
-        loss = sum(t["weighted"] for t in terms.values())
-        record = {"step": self.updates, "epoch": epoch, "loss": loss, "terms": terms, "validate": score}
-        self.history.append(record)
-        return record
+        return self.curve.record(self.updates, clock.step / clock.per_epoch if clock.per_epoch else 0.0, score)
+
+    def _score(self) -> float:
+        """Validate the target, and remember it where the stage keeps the best."""
+        assert self.validate is not None
+        self._agree_buffers()
+        with rng.scope(0), torch.no_grad():
+            score = float(self.validate(self.target))
+        self.run.set_modes(set(self._stage.train))
+        if self._stage.keep == "best" and (self._best is None or score > self._best["score"]):
+            state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
+            self._best = {"score": score, "state": state}
+        return score
 
     def _maybe_save(self) -> None:
-        due = time.monotonic() - self._saved_at >= self.training.checkpoint_every
+        """Save when it is time, and stop when the user asked for it; all processes decide alike."""
+        due, stop = time.monotonic() - self._saved_at >= self.training.checkpoint_every, self._interruption.asked
         if self.sync.world > 1:
-            flags = self.sync.sum(torch.tensor([float(self._stop), float(due and self.sync.rank == 0)]))
-            self._stop, due = bool(flags[0]), bool(flags[1])
-        if due or self._stop:
+            flags = self.sync.sum(torch.tensor([float(due and self.sync.rank == 0), float(stop)]))
+            due, stop = bool(flags[0]), bool(flags[1])
+        if due or stop:
             self._save()
-        if self._stop:
+        if stop:
             if self.checkpoints is None:
                 raise Interrupted(f"stopped after update {self.updates}; no folder was given, so nothing was saved")
             raise Interrupted(
@@ -420,26 +393,21 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
-        moving = [self.run[role] for role in sorted(self._moving)]
-        for module in (self.method, *moving):
-            broken = [n for n, p in module.named_parameters() if not p.isfinite().all()]
-            broken += [n for n, b in module.named_buffers() if b.isnan().any()]  # masks may well hold infinities
-            if broken:
-                raise DivergenceError(
-                    f"{broken[0]} is no longer finite after update {self.updates}, so nothing was saved over the last "
-                    f"good checkpoint {self.checkpoints.newest}. Lower the learning rate or clip gradients"
-                )
+        moving = {role: self.run[role] for role in sorted(self._moving)}
+        kept = self.checkpoints.newest
+        checks.require_finite(
+            (self.method, *moving.values()),
+            f"at update {self.updates}, so nothing was saved over the last good checkpoint {kept}.",
+        )
         shared = {
             "fingerprint": self._fingerprint(),
             "number": self._number,
             "opened": self._opened,
             "updates": self.updates,
             "step": self.clock.step,
-            "history": self.history,
-            "window": self._window,
-            "last": self._last,
+            "curve": self.curve.state_dict(),
             "watch": self.watch.state_dict(),
-            "moving": {role: self.run[role].state_dict() for role in sorted(self._moving)},
+            "moving": {role: model.state_dict() for role, model in moving.items()},
             "method": self.method.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self._optimizers.items()},
             "scaler": self.scaler.state_dict(),
@@ -452,16 +420,12 @@ class Trainer:
 
     def _load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         """Take over what belongs to the run; what belongs to the stage waits until it is described."""
-        differences = [
-            f"{key} was {shared['fingerprint'].get(key)}, is now {value}"
-            for key, value in self._fingerprint().items()
-            if shared["fingerprint"].get(key) != value
-        ]
-        if differences:
-            raise InputError(
-                f"the checkpoint in {self.checkpoints and self.checkpoints.newest} belongs to another run: "
-                f"{'; '.join(differences)}"
-            )
+        before = shared["fingerprint"]
+        if differences := [
+            f"{k} was {before.get(k)}, is now {v}" for k, v in self._fingerprint().items() if before.get(k) != v
+        ]:
+            newest = self.checkpoints and self.checkpoints.newest
+            raise InputError(f"the checkpoint in {newest} belongs to another run: {'; '.join(differences)}")
         try:
             for role, state in shared["moving"].items():
                 self.run[role].load_state_dict(state)
@@ -471,10 +435,10 @@ class Trainer:
         if self.average:
             self.average.load_state_dict(shared["average"])
         self.method.to(self.run.device)
-        self._moving = set(shared["moving"])
-        self.history, self.updates = shared["history"], shared["updates"]
-        self._number, self._opened, self._best = shared["number"], shared["opened"], shared["best"]
+        self.curve.load_state_dict(shared["curve"])
         self.watch.load_state_dict(shared["watch"])
+        self._moving, self._best, self.updates = set(shared["moving"]), shared["best"], shared["updates"]
+        self._number, self._opened = shared["number"], shared["opened"]
         if self._opened:
             self.run.clock = Clock(self._number, shared["step"])
             self._pending = {**shared, **own}
@@ -482,15 +446,14 @@ class Trainer:
             self.run.clock = Clock(self._number)
             rng.restore(own["rng"])
 
-    def _load_stage(self, shared: dict[str, Any]) -> None:
+    def _load_stage(self, saved: dict[str, Any]) -> None:
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(shared["optimizers"][name])
-        self.scaler.load_state_dict(shared["scaler"])
+            optimizer.load_state_dict(saved["optimizers"][name])
+        self.scaler.load_state_dict(saved["scaler"])
         for name, cursor in self._cursors.items():
-            cursor.load_state_dict(shared["cursors"][name])
-        self._window, self._last = shared["window"], shared["last"]
+            cursor.load_state_dict(saved["cursors"][name])
         # Last of all: describing the stage may have drawn random numbers.
-        rng.restore(shared["rng"])
+        rng.restore(saved["rng"])
 
     def _fingerprint(self) -> dict[str, str]:
         """What must be the same for a checkpoint to go on."""
@@ -505,61 +468,13 @@ class Trainer:
         # Functions and objects without a repr of their own show an address, another one in every process.
         return {key: re.sub(r" at 0x[0-9a-f]+", "", value) for key, value in given.items()}
 
-    # Agreement and checks --------------------------------------------------------------------------------------
+    # Agreement of processes ------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
         """Give every process the method's state of the first: structure may have been drawn at random."""
         self.sync.broadcast(t.data for t in (*self.method.parameters(), *self.method.buffers()))
 
     def _agree_buffers(self) -> None:
+        """Give every process the running statistics of the first."""
         for role in sorted(self._moving):
             self.sync.broadcast(self.run[role].buffers())
-
-    def _parameter_names(self) -> dict[nn.Parameter, str]:
-        names = {p: f"method.{name}" for name, p in self.method.named_parameters()}
-        for role, model in self.run.roles.items():
-            names |= {p: f"{role}.{name}" for name, p in model.named_parameters()}
-        return names
-
-    def _check_side_parameters(self, stage: Stage) -> None:
-        moved = {p for phase in stage.trained for p in phase.params}
-        names = self._parameter_names()
-        orphans = [names[p] for p in self.method.learns(self._number) if p.requires_grad and p not in moved]
-        if orphans:
-            raise MethodError(
-                f"{type(self.method).__name__}: no phase of stage {self._number} trains {', '.join(orphans[:4])}. "
-                "Put it into a phase, make it a buffer, or leave it out of learns()"
-            )
-
-    def _check_frozen(self) -> None:
-        for role, before in self._frozen.items():
-            if role not in self._moving:
-                after = fingerprint(self.run[role])
-                if after != before:
-                    moved = [name for name in before if before[name] != after.get(name)]
-                    raise MethodError(
-                        f"the role {role!r} moved ({', '.join(moved[:3])}) although no phase trains it: a resumed run "
-                        "would differ. Name it in the method's keeps if that is meant"
-                    )
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C or a termination request ends the run after the update at work; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(number: int, frame: Any) -> None:
-            if self._stop:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self._stop = True
-
-        try:
-            for number in handlers:
-                signal.signal(number, ask)
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)

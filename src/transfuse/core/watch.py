@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transfuse.core.phases import Losses, Phase
 from transfuse.core.update import Totals, gradients
@@ -93,24 +92,13 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been counted and said."""
-        return {"messages": self.messages, "zero": self._zero, "small": self._small, "silent": self._silent}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self.messages, self._zero = state["messages"], state["zero"]
-        self._small, self._silent = state["small"], state["silent"]
+        vars(self).update(state)
 
     def _say(self, finding: str, message: str) -> None:
         if finding not in self.messages:
             self.messages[finding] = message
             warnings.warn(message, TransferWarning, stacklevel=2)
-
-
-def fingerprint(module: nn.Module) -> dict[str, int]:
-    """A sum over the bits of every parameter and buffer, to notice that one has moved."""
-    return {name: _bits(t) for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-
-
-def _bits(tensor: Tensor) -> int:
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
