@@ -352,7 +352,7 @@ class Recipe:
         """The transfer, ready to run; its source is trained first where the recipe asks for it, in `out`.
 
         Args:
-            listener: called after every update with the arm's name, the seed and the trainer.
+            listener: called after every update, see :data:`~transfuse.experiment.Listener`.
 
         Raises:
             TransferError: as :class:`~transfuse.experiment.Transfer`.

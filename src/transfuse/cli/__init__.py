@@ -8,6 +8,7 @@ progress and errors to stderr; under several processes only the first one speaks
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Never
 
@@ -76,6 +77,9 @@ def main(
 
     Exit codes: 0 done, 1 it failed, 2 something in the input is wrong, 130 stopped with Ctrl-C.
     """
+    # Threads that wait for each other by spinning make small models several times slower as soon as another program
+    # wants a core. OpenMP reads this when torch is imported, which no command has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.command()

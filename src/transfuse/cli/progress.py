@@ -40,7 +40,7 @@ class Progress:
         self._shown = shown
         self._finished = finished
         self._all = self._bars.add_task("trainings", total=total, completed=finished, numbers="")
-        self._one = self._bars.add_task("", total=None, numbers="")
+        self._one = self._bars.add_task("", total=None, numbers="", visible=False)
         self._current: tuple[str, int] | None = None
         self._began = self._looked = 0.0
         self._score: float | None = None
@@ -73,6 +73,7 @@ class Progress:
             total=clock.steps,
             completed=clock.step,
             numbers=numbers + self._validation(),
+            visible=True,
         )
         self._bars.update(self._all, completed=self._finished + clock.fraction)
 

@@ -302,7 +302,8 @@ class Trainer:
             )
         rate = self._optimizers[phase.name].param_groups[0]["lr"]
         raise DivergenceError(
-            f"the loss {what} {where}. Lower the learning rate (now {rate:.2g}), or clip gradients with clip=1.0.{after}"
+            f"the loss {what} {where}. Lower the learning rate (now {rate:.2g}), or clip gradients with clip=1.0."
+            + after
         )
 
     def _totals(self, local: dict[str, float]) -> dict[str, float]:
