@@ -6,9 +6,10 @@ import copy
 import json
 import re
 import shutil
+import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from transfuse.comparison import ArmResult, ArmRun, Facts, compare
 from transfuse.core import rng
 from transfuse.core.batch import Batch, token_ids
 from transfuse.core.card import TASKS
+from transfuse.core.catalogue import ARMS, working_with
 from transfuse.core.checkpoint import load_state, load_weights, save_state, save_weights
 from transfuse.core.errors import InputError, ShapeError, TransferError, nearest
 from transfuse.core.files import write_atomically
@@ -32,7 +34,6 @@ from transfuse.core.sync import sync_for
 from transfuse.core.teacher import as_teacher, gives, require
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
-from transfuse.core.watch import TransferWarning
 from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
 from transfuse.losses import IGNORE
@@ -40,9 +41,6 @@ from transfuse.measure import cost
 
 if TYPE_CHECKING:
     from transfuse.report.schema import Report
-
-ARMS = ("scratch", "finetune", "shuffled teacher")
-"""The arms that every comparison can name, besides methods."""
 
 Target = nn.Module | Callable[[], nn.Module]
 Listener = Callable[[str, int, Trainer, dict[str, Any] | None], None]
@@ -143,6 +141,7 @@ class Transfer:
         name: of the transfer, for the report.
         recipe: what to show as the recipe; by default the arguments.
         listener: called after every update, see :data:`Listener`.
+        progress: whether to show progress bars; by default where stderr is a terminal and there is no listener.
         training: everything :class:`~transfuse.core.training.Training` takes: `epochs` or `steps`, ...
     """
 
@@ -166,6 +165,7 @@ class Transfer:
         name: str = "transfer",
         recipe: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
+        progress: bool | None = None,
         **training: Any,
     ):
         if not isinstance(method, Method):
@@ -185,9 +185,16 @@ class Transfer:
         if self.source is target:
             raise InputError("source and target are the same object: pass copy.deepcopy(source) as the target")
         streams = data if isinstance(data, dict) and not _is_tensors(data) else {"data": data}
-        self.data = {stream: as_data(value, adapt, collate) for stream, value in streams.items()}
-        self.validate = None if validate is None else as_data(validate, adapt, collate)
-        self.test = self.validate if test is None else as_data(test, adapt, collate)
+
+        def read(what: str, value: Any) -> Data:
+            try:
+                return as_data(value, adapt, collate)
+            except InputError as error:
+                raise InputError(f"{what}: {error}") from error
+
+        self.data = {stream: read(stream, value) for stream, value in streams.items()}
+        self.validate = None if validate is None else read("validate", validate)
+        self.test = self.validate if test is None else read("test", test)
         known = {f for f in Training.__dataclass_fields__ if f != "seed"}
         for option in training:
             if option not in known:
@@ -203,6 +210,7 @@ class Transfer:
             raise InputError("a comparison needs held-out data: pass validate=... or test=...")
         self.recipe = recipe or self._describe(training)
         self._task = task
+        self._progress = progress
         self._used = False
 
     def check(self) -> dict[str, Any]:
@@ -236,7 +244,8 @@ class Transfer:
             sample = self.first_pass()
             self._check_data()
             reference = self._measure_source()
-            results, model = self._train_arms(resume, reference)
+            with self._shown():
+                results, model = self._train_arms(resume, reference)
             report = compare(results, self._facts(sample, reference, model))
         finally:
             for module, training in modes.items():
@@ -345,6 +354,16 @@ class Transfer:
         assert model is not None
         return results, model
 
+    def _shown(self) -> AbstractContextManager[Any]:
+        """Progress bars, unless somebody else listens."""
+        wanted = sys.stderr.isatty() and self.listener is None if self._progress is None else self._progress
+        if not wanted or self.sync.rank:
+            return nullcontext()
+        from transfuse.progress import Progress
+
+        self.listener = bars = Progress(len(self.arms) * len(self.seeds))
+        return bars
+
     def _train(self, arm: Arm, seed: int, resume: bool, reference: Evaluation | None) -> tuple[nn.Module, ArmRun]:
         folder = self.out / "arms" / arm.folder / f"seed-{seed}" if self.out else None
         if resume and folder and (folder / "run.safetensors").exists():
@@ -355,10 +374,7 @@ class Transfer:
         target = self.build_target(seed, arm.fresh)
         trainer = self.trainer(arm, seed, target, folder)
         began = time.monotonic()
-        with warnings.catch_warnings():
-            # They go into the report, and to the user at its end, instead of between progress bars.
-            warnings.simplefilter("ignore", TransferWarning)
-            model = trainer.fit(resume=resume)
+        model = trainer.fit(resume=resume)
         seconds = time.monotonic() - began
         metric = self.metric
         sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
@@ -410,18 +426,23 @@ class Transfer:
 
     def _validator(self, data: Data) -> Callable[[nn.Module], float]:
         metric = main_metric(self.task, has_labels(data.sample(8)))
-        reference = self._reference(data) if metric == "agreement" else None
+        # The source takes part only where the score is about it.
+        compared = metric == "agreement"
+        reference = self._reference(data) if compared else None
         sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
 
         def score(model: nn.Module) -> float:
-            return sign * self._evaluate(model, data, reference).metrics[metric]
+            return sign * self._evaluate(model, data, reference, compared).metrics[metric]
 
         return score
 
     # Measuring -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, model: nn.Module, data: Data, reference: Evaluation | None) -> Evaluation:
-        source = self.source if self.task != "classification" else None
+    def _evaluate(
+        self, model: nn.Module, data: Data, reference: Evaluation | None, compared: bool = True
+    ) -> Evaluation:
+        """Measure a model; in classification against the source's own evaluation, else batch by batch against it."""
+        source = self.source if compared and self.task != "classification" else None
         return evaluate(
             model, data, task=self.task, batch_size=self.training.batch_size, source=source, reference=reference
         )
@@ -515,6 +536,7 @@ OPTIONS = (
     "name",
     "recipe",
     "listener",
+    "progress",
 )
 
 
@@ -600,8 +622,6 @@ def _shapes(sample: Batch) -> str:
 
 def _require(method: Method, source: nn.Module) -> None:
     """Check the source against every part of a method."""
-    from transfuse.core.catalogue import working_with
-
     for part in method.parts:
         require(source, part.card.teacher, type(part).__name__, ", ".join(working_with(gives(source))))
 

@@ -84,6 +84,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     """Write the tiny recipe, with changes, into a folder that has become the current one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(DATA)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "own", raising=False)  # another test's module of the same name
 
     def write(changes: dict[str, Any] | None = None, name: str = "tiny.yaml") -> Path:
         (tmp_path / name).write_text(yaml.safe_dump(changed(RECIPE, changes or {}), sort_keys=False))

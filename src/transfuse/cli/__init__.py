@@ -2,13 +2,16 @@
 
 Heavy imports are inside the commands, so that help and the catalogue answer at once. Results go to stdout,
 progress and errors to stderr; under several processes only the first one speaks. What tables look like:
-`tables.py`; progress: `progress.py`; the starter recipe: `starter.py`.
+`tables.py`; the starter recipe: `starter.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Never
 
@@ -271,12 +274,21 @@ def new(
 
 
 def _run(recipe: Any, resume: bool, quiet: bool, as_json: bool) -> None:
-    from transfuse.cli.progress import Progress
+    from transfuse.progress import Progress
 
-    with Progress(recipe.trainings, recipe.finished if resume else 0, shown=not (quiet or as_json)) as progress:
+    finished = recipe.finished if resume else 0
+    with _plain_warnings(), Progress(recipe.trainings, finished, not (quiet or as_json), err) as progress:
         result = recipe.run(resume, progress)
     if not quiet:
         _show(result.report, recipe.out, as_json)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as a sentence for the user, without the line of our code that gives them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(err, f"Warning: {message}")
+        yield
 
 
 def _show(report: Any, folder: Path, as_json: bool) -> None:

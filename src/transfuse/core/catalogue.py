@@ -30,6 +30,8 @@ FAMILIES = (
     "search",
     "measure",
 )
+ARMS = ("scratch", "finetune", "shuffled teacher")
+"""The arms that every comparison can name, besides methods."""
 PACKAGE = Path(__file__).parent.parent
 
 

@@ -52,7 +52,9 @@ def summary(report: Report) -> Group:
     for row in rows:
         # Text, never str: a name such as "[red]" is a name, not markup.
         table.add_row(*(Text(row[i]) for i in kept))
-    return Group(table, Text.assemble((report.verdict, STYLES[report.verdict]), ": ", report.why))
+    verdict = Text.assemble((report.verdict, STYLES[report.verdict]), ": ", report.why)
+    said = dict.fromkeys([*report.warnings, *(text for run in report.method_arm.runs for text in run.warnings)])
+    return Group(table, verdict, *(Text(f"Note: {text}") for text in said))
 
 
 def _optional(value: float | None) -> str:

@@ -6,8 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from rich import progress as rich_progress
-
-from transfuse.cli.console import err, say
+from rich.console import Console
 
 if TYPE_CHECKING:
     from transfuse.core.trainer import Trainer
@@ -23,17 +22,19 @@ class Progress:
         total: trainings of the whole run.
         finished: how many of them an earlier run has done.
         shown: False shows nothing.
+        console: where to; by default stderr.
     """
 
-    def __init__(self, total: int, finished: int, shown: bool):
+    def __init__(self, total: int, finished: int = 0, shown: bool = True, console: Console | None = None):
+        console = console or Console(stderr=True)
         self._bars = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(bar_width=20),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TextColumn("{task.fields[numbers]}", markup=False),
             rich_progress.TimeRemainingColumn(),
-            console=err,
-            disable=not (shown and err.is_terminal),
+            console=console,
+            disable=not (shown and console.is_terminal),
             transient=True,
             refresh_per_second=4,
         )
@@ -84,7 +85,8 @@ class Progress:
         if self._shown:
             arm, seed = self._current
             seconds = time.monotonic() - self._began
-            say(self._bars.console, f"{arm}, seed {seed}: done in {seconds:.1f} s{self._validation()}")
+            text = f"{arm}, seed {seed}: done in {seconds:.1f} s{self._validation()}"
+            self._bars.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._bars.update(self._all, completed=self._finished)
 
     def _validation(self) -> str:

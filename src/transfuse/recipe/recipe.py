@@ -1,0 +1,363 @@
+"""Reading, checking, building and running a recipe."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import ValidationError
+
+from transfuse.core import catalogue
+from transfuse.core.errors import InputError, MethodError, StoreError, nearest
+from transfuse.core.files import write_atomically
+from transfuse.core.interruption import Interrupted
+from transfuse.core.registry import call_named
+from transfuse.recipe.reading import explain, parse, read_text
+from transfuse.recipe.resolve import call, hugging_face
+from transfuse.recipe.schema import Chain, Content, DataSpec, ModelSpec, One, Ramp, SourceTrainingSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from transfuse.core.method import Method
+    from transfuse.experiment import Listener, Result, Transfer
+
+RECIPE, STARTED, SOURCE = "recipe.yaml", "started.json", "source"
+"""Names in the folder of a run: the recipe as given, how it was started, the training of the source."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. Nothing is imported or loaded before :meth:`build`, :meth:`check` or :meth:`run`.
+
+    Attributes:
+        path: the file, for messages.
+        folder: what paths in the recipe are relative to.
+        text: the file as it was given.
+        content: what it says, as in the report.
+        spec: the same, checked and with defaults.
+        out: where the run goes.
+    """
+
+    path: Path
+    folder: Path
+    text: str
+    content: dict[str, Any]
+    spec: Content
+    out: Path
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        *,
+        out: str | Path | None = None,
+        seeds: list[int] | None = None,
+        folder: str | Path | None = None,
+    ) -> Self:
+        """Read and check a recipe.
+
+        Args:
+            path: the YAML file.
+            out, seeds: take the place of the recipe's.
+            folder: what paths in it are relative to; by default the folder it lies in.
+
+        Raises:
+            InputError: there is no such file, it is not YAML, or a key or value in it is wrong; the message says
+                which, where, and what was expected.
+        """
+        path = Path(path)
+        text = read_text(path)
+        content = parse(text, path)
+        if seeds:
+            content["seeds"] = list(seeds)
+        try:
+            spec = Content.model_validate(content)
+        except ValidationError as error:
+            problems = [explain(details) for details in error.errors()]
+            raise InputError(f"{path}: " + f"\n{path}: ".join(problems)) from None
+        name = spec.name or path.stem
+        return cls(
+            path,
+            Path(folder) if folder else path.parent,
+            text,
+            content,
+            spec.model_copy(update={"name": name}),
+            Path(out or spec.out or Path("runs") / name),
+        )
+
+    @classmethod
+    def of_run(cls, out: str | Path) -> Self:
+        """The recipe of a run that was started in a folder.
+
+        Raises:
+            InputError: no recipe was started there.
+            StoreError: what was noted at its start cannot be read.
+        """
+        out = Path(out)
+        if not (out / RECIPE).exists():
+            how = (
+                "it was started from Python: call run(resume=True) on the same transfer"
+                if (out / "transfer.json").exists()
+                else "it is not the folder of a run"
+            )
+            raise InputError(f"{out} holds no {RECIPE}, so there is nothing to resume: {how}")
+        try:
+            started = json.loads((out / STARTED).read_text(encoding="utf-8"))
+            recipe = cls.read(out / RECIPE, out=out, seeds=started["seeds"], folder=out / started["folder"])
+            return replace(recipe, spec=recipe.spec.model_copy(update={"name": started["name"]}))
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise StoreError(f"cannot read {out / STARTED}, which says how this run was started: {error}") from None
+
+    @property
+    def trainings(self) -> int:
+        """How many models are trained: every arm with every seed, and the source where the recipe asks for it."""
+        return (1 + len(self.spec.compare)) * len(self.spec.seeds) + (self._source_training is not None)
+
+    @property
+    def finished(self) -> int:
+        """How many of them an earlier, interrupted run has finished."""
+        return sum(1 for part in ("", SOURCE) for _ in (self.out / part).glob("arms/*/seed-*/run.safetensors"))
+
+    def build(self, listener: Listener | None = None) -> Transfer:
+        """The transfer, ready to run; its source is trained first where the recipe asks for it, in `out`.
+
+        Args:
+            listener: called after every update, see :data:`~transfuse.experiment.Listener`.
+
+        Raises:
+            TransferError: as :class:`~transfuse.experiment.Transfer`.
+        """
+        transfer, lesson = self._assemble(listener)
+        self._teach(transfer, lesson)
+        return transfer
+
+    def check(self) -> dict[str, Any]:
+        """A dry run: :meth:`~transfuse.experiment.Transfer.check`, of the source's training too; nothing is written.
+
+        Raises:
+            TransferError: what is wrong, as when it is run.
+        """
+        transfer, lesson = self._assemble()
+        found = {"name": self.spec.name, **transfer.check(), "out": str(self.out), "notes": []}
+        if lesson is not None:
+            found["source_training"] = lesson.check()
+            found["estimate"]["seconds"] += found["source_training"]["estimate"]["seconds"]
+        if (self.out / RECIPE).exists():
+            found["notes"].append(f"{self.out} holds a run already: resume it, or choose another folder.")
+        return found
+
+    def run(self, resume: bool = False, listener: Listener | None = None) -> Result:
+        """Check, train every arm with every seed, judge, and write everything into `out`.
+
+        Args:
+            resume: go on with what `out` holds; start where it holds nothing.
+            listener: as for :meth:`build`.
+
+        Raises:
+            TransferError: what is wrong; before anything is trained or written wherever it can be known then.
+            Interrupted: the user stopped it; what was done is kept.
+        """
+        begun = self._begun(resume)
+        transfer, lesson = self._assemble(listener)
+        # A stream that can be read only once is not to be read by a dry run.
+        if not begun and not any(getattr(data, "once", False) for data in transfer.data.values()):
+            transfer.check()
+        transfer.sync.barrier()
+        if not begun and transfer.sync.rank == 0:
+            self._note_start()
+        transfer.sync.barrier()
+        try:
+            self._teach(transfer, lesson)
+            return transfer.run(resume)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(f"stopped; what was done is kept. Go on with: transfuse resume {self.out}") from stop
+
+    # The folder ----------------------------------------------------------------------------------------------------
+
+    def _begun(self, resume: bool) -> bool:
+        """Whether this recipe was started in `out` before; whatever else lies there is refused."""
+        if not any((self.out / name).exists() for name in (RECIPE, "transfer.json")):
+            return False
+        if not resume:
+            raise InputError(
+                f"{self.out} holds a run already. Go on with it (transfuse resume {self.out}), or choose another "
+                "folder (--out)"
+            )
+        if Recipe.of_run(self.out).content != self.content:
+            raise InputError(f"{self.out} holds a run of another recipe, {self.out / RECIPE}: choose another folder")
+        return True
+
+    def _note_start(self) -> None:
+        """Write what :meth:`of_run` reads; the recipe last, since it claims the folder."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot create {self.out}: {error.strerror or error}") from None
+        started = {
+            "name": self.spec.name,
+            "folder": os.path.relpath(self.folder, self.out),
+            "seeds": self.content.get("seeds"),
+        }
+        write_atomically(self.out / STARTED, json.dumps(started))
+        write_atomically(self.out / RECIPE, self.text)
+
+    # Building ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _source_training(self) -> SourceTrainingSpec | None:
+        return self.spec.source.train if self.spec.source else None
+
+    def _assemble(self, listener: Listener | None = None) -> tuple[Transfer, Transfer | None]:
+        """The transfer, and the one that trains its source (or None); what is cheap and often wrong comes first."""
+        from transfuse.core.training import Training
+        from transfuse.experiment import Transfer
+
+        spec, training = self.spec, self.spec.training.model_dump(exclude_unset=True)
+        with self._at("training"):
+            Training(**training)
+        with self._at("method"):
+            method = self._method(spec.method)
+        with self._at("compare"):
+            compare = [entry if isinstance(entry, str) else self._method(entry) for entry in spec.compare]
+        source, target = self._source(), self._target()
+        with self._at("data"):
+            data = self._data(spec.data)
+        lesson = self._lesson(source, data, listener)
+        with self._at():
+            transfer = Transfer(
+                method,
+                source,
+                target,
+                **{**data, "task": spec.task or data.get("task")},
+                compare=compare,
+                seeds=spec.seeds,
+                out=self.out,
+                device=spec.device,
+                name=str(spec.name),
+                recipe=self.content,
+                listener=listener,
+                **training,
+            )
+        return transfer, lesson
+
+    def _lesson(self, source: Any, data: dict[str, Any], listener: Listener | None) -> Transfer | None:
+        """The training of the source on labels."""
+        from torch import nn
+
+        from transfuse.distill import Labels
+        from transfuse.experiment import Transfer
+
+        spec = self._source_training
+        if spec is None:
+            return None
+        with self._at("source.train"):
+            if not isinstance(source, nn.Module):
+                raise InputError(f"a {type(source).__name__} cannot be trained: expected a torch.nn.Module")
+            data = data if spec.data is None else self._data(spec.data)
+            return Transfer(
+                Labels(),
+                target=source,
+                **{**data, "task": self.spec.task or data.get("task")},
+                out=self.out / SOURCE,
+                device=self.spec.device,
+                name=f"{self.spec.name}: the source",
+                recipe=self.content,
+                listener=listener and (lambda _, *update: listener("source", *update)),
+                **spec.model_dump(exclude_unset=True, exclude={"data"}),
+            )
+
+    def _teach(self, transfer: Transfer, lesson: Transfer | None) -> None:
+        """Train the source, or read what was trained before, into the transfer."""
+        from transfuse.core.checkpoint import load_weights
+
+        if lesson is None:
+            return
+        assert transfer.source is not None
+        weights = self.out / SOURCE / "model.safetensors"
+        if not weights.exists():
+            lesson.run(resume=True)
+        load_weights(weights, transfer.source)
+
+    def _method(self, spec: One | list[One] | Chain) -> Method:
+        from transfuse.core.composition import Then
+        from transfuse.core.method import Method
+
+        if isinstance(spec, Chain):
+            return Then(*map(self._method, spec.then), shares=spec.shares)
+        if isinstance(spec, list):
+            return reduce(operator.add, map(self._method, spec))
+        factory = catalogue.find(spec.name).load()
+        # A class without an __init__ of its own takes no arguments, whatever torch's __init__ looks like.
+        takes = factory if factory.__init__ is not Method.__init__ else (lambda: factory())
+        method: Method = call_named("method", {spec.name: takes}, spec.name, spec.__pydantic_extra__)
+        if spec.weight == 1.0:
+            return method
+        return method.weighted(spec.weight.schedule() if isinstance(spec.weight, Ramp) else spec.weight)
+
+    def _source(self) -> Any:
+        from transfuse.core import rng
+
+        if self.spec.source is None:
+            return None
+        with self._at("source"), rng.scope(rng.derive("source")):
+            return self._model(self.spec.source)
+
+    def _target(self) -> nn.Module | Callable[[], nn.Module]:
+        """A model where its weights are given, else a function, so that every seed has its own."""
+
+        def build() -> nn.Module:
+            with self._at("target"):
+                return self._model(self.spec.target)
+
+        return build() if self.spec.target.pretrained else build
+
+    def _model(self, spec: ModelSpec) -> Any:
+        from transfuse.core.checkpoint import load_weights
+        from transfuse.models import MODELS
+
+        if spec.huggingface is not None:
+            model = hugging_face(self.folder / spec.huggingface, spec.auto, spec.args)
+        else:
+            model = call(self.folder, "model", MODELS, str(spec.model), spec.args)
+        if spec.weights is not None:
+            load_weights(self.folder / spec.weights, model)
+        return model
+
+    def _data(self, spec: DataSpec) -> dict[str, Any]:
+        """What a loader returns, as arguments of a transfer."""
+        from transfuse.datasets import DATASETS, Splits
+
+        found = call(self.folder, "data set", DATASETS, spec.name, spec.args)
+        if isinstance(found, Splits):
+            found = {key: getattr(found, key) for key in ("train", "validate", "test", "classes", "task")}
+        elif isinstance(found, tuple) and len(found) == 3:
+            found = dict(zip(("train", "validate", "test"), found, strict=True))
+        if not isinstance(found, Mapping) or "train" not in found:
+            raise InputError(
+                f"{spec.name} returned a {type(found).__name__}: expected transfuse.datasets.Splits, a tuple (train, "
+                "validate, test), or a dict with 'train' and perhaps 'validate', 'test', 'classes', 'task'"
+            )
+        keys = {"train": "data", "validation": "validate", **{k: k for k in ("validate", "test", "classes", "task")}}
+        for key in found:
+            if key not in keys:
+                raise InputError(f"{spec.name} returned {key!r}, which is unknown; {nearest(key, keys)}")
+        return {keys[key]: value for key, value in found.items()}
+
+    @contextmanager
+    def _at(self, place: str = "") -> Iterator[None]:
+        """Say in which file, and at which place of it, the cause of an error stands."""
+        where = f"{self.path}: {place}: " if place else f"{self.path}: "
+        try:
+            yield
+        except (InputError, MethodError) as error:
+            raise type(error)(f"{where}{error}") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}{type(error).__name__}: {error}") from error
