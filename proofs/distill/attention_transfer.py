@@ -24,7 +24,7 @@ PROOF = Proof(
     expected="teacher > KD with attention > KD > scratch, and labels with attention > scratch",
     notes=(
         "Attention improves on scratch with every seed, but three seeds cannot exclude zero, and attention maps "
-        "of other images help as much. Nothing here shows that it matters where the teacher looks in this very "
+        "of other images help about as much. Nothing here shows that it matters where the teacher looks in this very "
         "image; we suspect, and did not test, that the map of any centred piece of clothing serves as a "
         "regulariser. Nor does attention add to KD. The paper's networks have maps of up to 32x32 pixels on "
         "varied scenes; here they have 7x7 and 4x4. Beta (100, among 10, 100 and the paper's 1000) and data (500 "
