@@ -108,7 +108,7 @@ sys.exit("torch" in sys.modules)
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ({"trainin": "{}"}, "tiny.yaml: trainin: unknown key; did you mean 'training'?"),
+        ({"trainin": "{}"}, "tiny.yaml: trainin: unknown key; did you mean 'training' or"),
         ({"training": "{batchsize: 3}"}, "tiny.yaml: training.batchsize: unknown key; did you mean 'batch_size' or"),
         ({"target": "{modle: mlp}"}, "tiny.yaml: target.modle: unknown key; did you mean 'model'?"),
         (

@@ -72,11 +72,11 @@ def evaluate(
     Raises:
         InputError: the data holds nothing to score.
     """
-    modes = {module: module.training for m in (model, source) if m for module in m.modules()}
+    models = [m for m in (model, source) if m is not None]  # a compiled model has no truth value
+    modes = {module: module.training for m in models for module in m.modules()}
     try:
-        for m in (model, source):
-            if m:
-                m.eval()
+        for m in models:
+            m.eval()
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         batches = (
             line_up(batch, task)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 
 from transfuse.comparison import ArmResult, ArmRun, Facts, compare
 from transfuse.core import rng
-from transfuse.core.batch import Batch, token_ids
+from transfuse.core.batch import LABEL_NAMES, Batch, token_ids
 from transfuse.core.card import TASKS
 from transfuse.core.catalogue import ARMS, working_with
 from transfuse.core.checkpoint import load_state, load_weights, save_state, save_weights
-from transfuse.core.errors import InputError, ShapeError, TransferError, nearest
-from transfuse.core.files import write_atomically
+from transfuse.core.checks import fingerprint
+from transfuse.core.errors import InputError, ShapeError, StoreError, TransferError, nearest
+from transfuse.core.files import file_name, make_folder, write_atomically
 from transfuse.core.method import Method
 from transfuse.core.outputs import call, find_logits
 from transfuse.core.run import Run
@@ -36,8 +36,9 @@ from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
 from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
-from transfuse.losses import IGNORE
+from transfuse.losses import IGNORE, cross_entropy
 from transfuse.measure import cost
+from transfuse.tracking import Tracking
 
 if TYPE_CHECKING:
     from transfuse.report.schema import Report
@@ -61,7 +62,7 @@ class Arm:
     @property
     def folder(self) -> str:
         """A name for the file system."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return file_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Result:
         from transfuse.report import write_html
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         save_weights(folder / "model.safetensors", self.model)
         self.report.write(folder / "report.json")
         write_html(self.report, folder / "report.html")
@@ -142,6 +143,8 @@ class Transfer:
         recipe: what to show as the recipe; by default the arguments.
         listener: called after every update, see :data:`Listener`.
         progress: whether to show progress bars; by default where stderr is a terminal and there is no listener.
+        track: experiment trackers that learning curves go to, as Accelerate calls them: `"tensorboard"`, `"wandb"`,
+            `"mlflow"`, ...; one run per arm and seed. Those that write files write to `tracking` in `out`.
         training: everything :class:`~transfuse.core.training.Training` takes: `epochs` or `steps`, ...
     """
 
@@ -166,6 +169,7 @@ class Transfer:
         recipe: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
         progress: bool | None = None,
+        track: Sequence[str] = (),
         **training: Any,
     ):
         if not isinstance(method, Method):
@@ -174,8 +178,12 @@ class Transfer:
             raise InputError("a transfer needs a target: pass target=model, or a function that builds one")
         if data is None:
             raise InputError("a transfer needs data: pass data=...")
-        if not seeds or len(set(seeds)) < len(seeds):
+        if not isinstance(seeds, Sequence) or not seeds or not all(isinstance(s, int) for s in seeds):
+            raise InputError(f"seeds are {seeds!r}: expected a list of whole numbers")
+        if len(set(seeds)) < len(seeds):
             raise InputError(f"seeds are {list(seeds)}: give at least one, each once")
+        if isinstance(compare, str | Method):
+            raise InputError(f"compare is {compare!r}: expected a list, for instance ['scratch']")
         if task is not None and task not in TASKS:
             raise InputError(f"unknown task {task!r}: {nearest(task, TASKS)}")
         self.method, self.target = method, target
@@ -202,7 +210,8 @@ class Transfer:
         self.training = Training(**training)
         self.seeds, self.classes, self.name = tuple(seeds), classes, name
         self.out = None if out is None else Path(out)
-        self.sync, self.listener = sync_for(device), listener
+        self.sync = sync_for(device)
+        self._listeners: tuple[Listener, ...] = () if listener is None else (listener,)
         self.arms = [Arm(repr(method), "method", method), *(self._arm(entry) for entry in compare)]
         if len({arm.folder for arm in self.arms}) < len(self.arms):
             raise InputError(f"two arms have the same name: {', '.join(arm.name for arm in self.arms)}")
@@ -211,7 +220,8 @@ class Transfer:
         self.recipe = recipe or self._describe(training)
         self._task = task
         self._progress = progress
-        self._used = False
+        self._tracking = Tracking(track, name, self.out and self.out / "tracking") if track else None
+        self._used, self._classes = False, 0
 
     def check(self) -> dict[str, Any]:
         """A dry run: everything that can go wrong before training does so here, and the rest is estimated.
@@ -244,7 +254,7 @@ class Transfer:
             sample = self.first_pass()
             self._check_data()
             reference = self._measure_source()
-            with self._shown():
+            with self._watched():
                 results, model = self._train_arms(resume, reference)
             report = compare(results, self._facts(sample, reference, model))
         finally:
@@ -282,12 +292,16 @@ class Transfer:
         sample = next(iter(self.data.values())).sample(min(self.training.batch_size, 8))
         if sample is None:
             raise InputError("the first data has nothing to read")
-        logits = None
-        for role, model in (("source", self.source), ("target", self.build_target(self.seeds[0]))):
+        logits, target = None, self.build_target(self.seeds[0])
+        for role, model in (("source", self.source), ("target", target)):
             if model is not None:
                 logits = _try(role, model.to(self.sync.device), sample.to(self.sync.device))
         assert logits is not None
-        self._task = self._task or infer_task(sample, logits)
+        self._task, self._classes = self._task or infer_task(sample, logits), logits.shape[1]
+        for what, data in (("validate", self.validate), ("test", self.test)):
+            held_out = None if data is None else data.sample(8)
+            if held_out is not None:
+                _fits(what, target, held_out.to(self.sync.device), self._task)
         for arm in self.arms:
             if self.source is not None and arm.method.uses_source:
                 _require(arm.method, self.source)
@@ -314,6 +328,8 @@ class Transfer:
     def _arm(self, entry: str | Method) -> Arm:
         if isinstance(entry, Method):
             return Arm(repr(entry), "method (compared)", entry)
+        if not isinstance(entry, str):
+            raise InputError(f"compare holds {entry!r}: expected names of arms, or methods")
         name = entry.replace("_", " ").replace("-", " ").lower()
         if name in ("shuffled teacher", "shuffled"):
             if not self.method.uses_source:
@@ -323,9 +339,12 @@ class Transfer:
             return Arm(name, "baseline", Labels(), fresh=name == "scratch", labelled_only=True)
         raise InputError(f"no arm is called {entry!r}: {nearest(entry, ARMS)} A method can be given as well")
 
+    def _all_data(self) -> dict[str, Data | None]:
+        return {**self.data, "validate": self.validate, "test": self.test}
+
     def _check_data(self) -> None:
         """Labels that do not fit, or that teach nothing, where reading them costs nothing."""
-        for name, data in {**self.data, "validate": self.validate, "test": self.test}.items():
+        for name, data in self._all_data().items():
             labels = data.tensors.get("labels") if isinstance(data, Indexed) and data.tensors else None
             if labels is None or self.task != "classification":
                 continue
@@ -334,10 +353,10 @@ class Transfer:
             found = found[found != IGNORE]
             if len(found) == 1:
                 raise InputError(f"every label of {name!r} is {int(found[0])}: one class alone cannot be learned")
-            if self.classes is not None and len(found) and (found[0] < 0 or found[-1] >= len(self.classes)):
+            if len(found) and (found[0] < 0 or found[-1] >= self._classes):
                 raise InputError(
-                    f"labels of {name!r} go from {int(found[0])} to {int(found[-1])}, there are {len(self.classes)} "
-                    f"classes: expected 0 to {len(self.classes) - 1}, or {IGNORE} for unlabelled samples"
+                    f"labels of {name!r} go from {int(found[0])} to {int(found[-1])}, the target has {self._classes} "
+                    f"classes: expected 0 to {self._classes - 1}, or {IGNORE} for unlabelled samples"
                 )
 
     # Training --------------------------------------------------------------------------------------------------
@@ -354,22 +373,33 @@ class Transfer:
         assert model is not None
         return results, model
 
-    def _shown(self) -> AbstractContextManager[Any]:
-        """Progress bars, unless somebody else listens."""
-        wanted = sys.stderr.isatty() and self.listener is None if self._progress is None else self._progress
-        if not wanted or self.sync.rank:
-            return nullcontext()
-        from transfuse.progress import Progress
+    def _watched(self) -> ExitStack:
+        """Progress bars, by default where nobody else listens, and trackers; in the first process alone."""
+        stack = ExitStack()
+        if self.sync.rank:
+            return stack
+        if sys.stderr.isatty() and not self._listeners if self._progress is None else self._progress:
+            from transfuse.progress import Progress
 
-        self.listener = bars = Progress(len(self.arms) * len(self.seeds))
-        return bars
+            bars = Progress(len(self.arms) * len(self.seeds))
+            self._listeners += (stack.enter_context(bars),)
+        if self._tracking:
+            self._listeners += (stack.enter_context(self._tracking),)
+        return stack
+
+    def _tell(self, arm: str, seed: int, trainer: Trainer, record: dict[str, Any] | None) -> None:
+        for listener in self._listeners:
+            listener(arm, seed, trainer, record)
 
     def _train(self, arm: Arm, seed: int, resume: bool, reference: Evaluation | None) -> tuple[nn.Module, ArmRun]:
         folder = self.out / "arms" / arm.folder / f"seed-{seed}" if self.out else None
         if resume and folder and (folder / "run.safetensors").exists():
             model = self.build_target(seed)
-            load_weights(folder / "model.safetensors", model)
-            state = load_state(folder / "run.safetensors")
+            try:
+                load_weights(folder / "model.safetensors", model)
+                state = load_state(folder / "run.safetensors")
+            except StoreError as error:
+                raise StoreError(f"{error}. Remove {folder} and resume, to train this one again") from error
             return model, ArmRun(**{**state, "evaluation": _evaluation(state["evaluation"])})
         target = self.build_target(seed, arm.fresh)
         trainer = self.trainer(arm, seed, target, folder)
@@ -399,7 +429,7 @@ class Transfer:
             roles["source"] = self.source
         if folder:
             folder = folder / "checkpoints"
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         return Trainer(
             copy.deepcopy(arm.method),
             roles,
@@ -410,7 +440,7 @@ class Transfer:
             sync=self.sync,
             task=self.task,
             shuffled=arm.shuffled,
-            listener=partial(self.listener, arm.name, seed) if self.listener else None,
+            listener=partial(self._tell, arm.name, seed),
         )
 
     def _labelled(self, training: Training) -> tuple[dict[str, Data], Training]:
@@ -498,13 +528,21 @@ class Transfer:
                 raise InputError("there is nothing to resume: no folder was given as out")
             return
         if self.sync.rank == 0:
-            described = {"arms": [arm.name for arm in self.arms], "seeds": self.seeds, "recipe": self.recipe}
+            described = {
+                "arms": [arm.name for arm in self.arms],
+                "seeds": self.seeds,
+                "recipe": self.recipe,
+                "samples": {name: data.size for name, data in self._all_data().items() if isinstance(data, Indexed)},
+                "source": None if self.source is None else sum(fingerprint(self.source).values()),
+            }
             mine, claim = json.dumps(described, default=str), self.out / "transfer.json"
             if claim.exists() and not resume:
                 raise InputError(f"{self.out} holds a transfer already: resume it, or choose another folder")
-            if claim.exists() and json.loads(claim.read_text()) != json.loads(mine):
-                raise InputError(f"{self.out} holds another transfer, with other arms, seeds or recipe: see {claim}")
-            self.out.mkdir(parents=True, exist_ok=True)
+            if claim.exists() and _read_json(claim) != json.loads(mine):
+                raise InputError(
+                    f"{self.out} holds another transfer, with other arms, seeds, recipe, data or source: see {claim}"
+                )
+            make_folder(self.out)
             write_atomically(claim, mine)
         self.sync.barrier()
 
@@ -537,6 +575,7 @@ OPTIONS = (
     "recipe",
     "listener",
     "progress",
+    "track",
 )
 
 
@@ -609,6 +648,18 @@ def _try(role: str, model: nn.Module, sample: Batch) -> Tensor:
     return logits
 
 
+def _fits(what: str, model: nn.Module, held_out: Batch, task: str) -> None:
+    """Held-out data suits the target: else that would be known only after training."""
+    try:
+        logits = _try("target", model, held_out)
+        if held_out.labels is not None and task != "language-model":
+            cross_entropy(logits, held_out.labels)
+    except TransferError as error:
+        raise type(error)(f"{what}: {error}") from error
+    except ValueError as error:
+        raise ShapeError(f"{what}: {error}") from error
+
+
 def _finite(sample: Batch) -> bool:
     values = sample.inputs.values() if isinstance(sample.inputs, Mapping) else [sample.inputs]
     return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
@@ -641,4 +692,14 @@ def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:
 
 
 def _is_tensors(value: Mapping[str, Any]) -> bool:
-    return all(isinstance(v, Tensor) for v in value.values()) and ("inputs" in value or "input_ids" in value)
+    """Whether a mapping is one data set, and not several by their names."""
+    if not all(isinstance(v, Tensor | Mapping) for v in value.values()):
+        return False
+    return any(key in value for key in ("inputs", "input_ids", *LABEL_NAMES))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {path} ({error}): remove it if this folder is that of this transfer") from error

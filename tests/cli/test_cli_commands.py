@@ -230,7 +230,7 @@ def test_resume_of_a_folder_without_a_run_is_refused(transfuse: Run, tmp_path: P
 def test_an_error_is_one_message_without_a_traceback(transfuse: Run, write: Write) -> None:
     done = transfuse("run", write({"trainin": {}}))
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == "Error: tiny.yaml: trainin: unknown key; did you mean 'training'?\n"
+    assert done.stderr == "Error: tiny.yaml: trainin: unknown key; did you mean 'training' or 'track'?\n"
 
 
 @pytest.mark.parametrize(("before", "environment"), [(["--debug"], {}), ([], {"TRANSFUSE_DEBUG": "1"})])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,26 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """
     with temporary(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def file_name(text: str) -> str:
+    """The text with nothing in it that a file system, or a tracker of experiments, could refuse."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if len(name) <= 100 and text.isascii():
+        return name
+    return f"{name[:100]}-{zlib.crc32(text.encode()):08x}"  # what is left out still tells names apart
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it; one that exists is fine.
+
+    Raises:
+        StoreError: it cannot be made, or a file is in its place.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {path}: {error.strerror or error}. Choose another") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -388,12 +388,16 @@ def _as_tensors(value: Any) -> dict[str, Any] | None:
         value = value.tensors
     if isinstance(value, Tensor):
         return {"inputs": value}
+    if isinstance(value, tuple):
+        value = tuple(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in value)
     if isinstance(value, tuple) and 1 <= len(value) <= 2 and all(isinstance(v, Tensor) for v in value):
         if len(value) == 2 and len(value[0]) != len(value[1]):
             raise InputError(f"{len(value[0])} inputs but {len(value[1])} labels")
         return dict(zip(("inputs", "labels"), value, strict=False))
-    if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
-        sizes = {k: len(v) for k, v in value.items()}
+    inner = value.get("inputs") if isinstance(value, Mapping) else None
+    columns = {**{k: v for k, v in value.items() if v is not inner}, **inner} if isinstance(inner, Mapping) else value
+    if isinstance(columns, Mapping) and columns and all(isinstance(v, Tensor) for v in columns.values()):
+        sizes = {k: len(v) for k, v in columns.items()}
         if len(set(sizes.values())) > 1:
             raise InputError(f"tensors of one data set differ in length: {sizes}")
         return dict(Batch.of(value))

@@ -47,7 +47,9 @@ class Distributed(Sync):
     def __init__(self, device: str | torch.device | None = None):
         from accelerate import PartialState
 
-        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
+        asked = device is not None and torch.device(device).type == "cpu"
+        # Told neither way, Accelerate would run processes without an accelerator as if each were alone.
+        state = PartialState(cpu=asked or not torch.accelerator.is_available())
         super().__init__(state.device)
         self.rank, self.world = state.process_index, state.num_processes
 

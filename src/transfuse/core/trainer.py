@@ -103,6 +103,11 @@ class Trainer:
         return self.run.clock
 
     @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each phase's first group at its last update."""
+        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self._optimizers.items()}
+
+    @property
     def history(self) -> list[dict[str, Any]]:
         """The learning curve, see :class:`~transfuse.core.curve.Curve`."""
         return self.curve.records

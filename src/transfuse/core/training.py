@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch.optim import Optimizer
@@ -64,6 +65,8 @@ class Training:
             raise InputError("say how long to train: epochs=... or steps=..., one of them")
         for name in ("epochs", "steps", "batch_size", "micro_batch", "lr", "validate_every"):
             value = getattr(self, name)
+            if not isinstance(value, Real | None):
+                raise InputError(f"{name} is {value!r}, it must be a number")
             if value is not None and value <= 0:
                 raise InputError(f"{name} is {value}, it must be positive")
         if self.ema is not None and not 0 <= self.ema < 1:

@@ -112,8 +112,8 @@ class Update:
         """The raw value of each term over the whole update and all processes, without terms that counted nothing."""
         totals = {name: self.total(name) for name in self.terms}
         parts = {name: self.terms[name].sum / total for name, total in totals.items() if total}
-        if not parts:
-            return {}
+        if not parts or self.sync.world == 1:
+            return parts
         return dict(zip(parts, self.sync.sum(torch.stack(list(parts.values()))), strict=True))
 
     def total(self, name: str) -> float:

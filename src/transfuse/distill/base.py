@@ -49,6 +49,11 @@ class Distillation(Method):
 
     def stage(self, i: int, run: Run) -> Stage:
         params = [*run["target"].parameters(), *self.parameters()]
+        if "data" not in run.data:
+            raise InputError(
+                f"{type(self).__name__} reads one data set, found {len(run.data)}, named {', '.join(run.data)}: "
+                "pass one as data=...; a mapping of tensors is one where a key is 'inputs', 'input_ids' or 'labels'"
+            )
         return Stage({"data": run.data["data"]}, [Phase("student", self.losses, params)])
 
     def _teacher(self, batch: Batch, run: Run) -> Outputs:

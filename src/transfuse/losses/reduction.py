@@ -7,7 +7,7 @@ all processes). Nothing else in the library divides a loss, so no loss depends o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Term:
         return cls(torch.where(mask, values, 0).sum(), mask.sum(), unit)
 
     def __rmul__(self, weight: float) -> Term:
-        return replace(self, weight=self.weight * weight)
+        return Term(self.sum, self.count, self.unit, self.weight * weight)
 
     @property
     def mean(self) -> Tensor:

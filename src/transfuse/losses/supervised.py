@@ -18,15 +18,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 
     Args:
         logits: `(batch, classes)`, `(batch, tokens, vocabulary)` or `(batch, classes, height, width)`.
-        labels: class indices, int64: `(batch,)`, `(batch, tokens)` or `(batch, height, width)`.
+        labels: class indices, of any integer type: `(batch,)`, `(batch, tokens)` or `(batch, height, width)`.
         label_smoothing: share of the target, in [0, 1], that is spread evenly over all classes.
 
     Returns:
         Values in the shape of `labels`, in float32 at least.
 
     Raises:
-        ValueError: the shapes do not belong together, or a label is out of range. The range is checked on
-            the CPU only: on a GPU it would make the host wait for the device.
+        ValueError: the shapes do not belong together, labels are no integers, or one is out of range. The range is
+            checked on the CPU only: on a GPU it would make the host wait for the device.
 
     >>> import torch
     >>> cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, IGNORE]))
@@ -38,6 +38,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
             f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
             f"found {tuple(labels.shape)}: give one class index per row of logits"
         )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, class indices, found {labels.dtype}: use labels.long()")
+    labels = labels.long()
     if labels.device.type == "cpu":
         _require_in_range(labels, scores.shape[-1])
     values = F.cross_entropy(

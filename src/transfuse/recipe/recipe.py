@@ -244,6 +244,7 @@ class Recipe:
                 name=str(spec.name),
                 recipe=self.content,
                 listener=listener,
+                track=spec.track,
                 **training,
             )
         return transfer, lesson
@@ -271,6 +272,7 @@ class Recipe:
                 name=f"{self.spec.name}: the source",
                 recipe=self.content,
                 listener=listener and (lambda _, *update: listener("source", *update)),
+                track=self.spec.track,
                 **spec.model_dump(exclude_unset=True, exclude={"data"}),
             )
 

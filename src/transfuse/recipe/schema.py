@@ -195,6 +195,7 @@ class Content(Part):
     device: str | None = None
     task: str | None = None
     out: str | None = None
+    track: list[str] = []
 
     @field_validator("compare", mode="before")
     @classmethod
