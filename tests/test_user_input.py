@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from tests.helpers import CLASSES, CNN, images
 from transfuse import Transfer, transfer
 from transfuse.core.errors import InputError, ShapeError, StoreError, TransferError
 from transfuse.core.files import file_name
-from transfuse.distill import KD, Labels
+from transfuse.datasets import digits
+from transfuse.distill import KD, Hints, Labels
 from transfuse.experiment import Result
 
 PICTURES, _ = images(24)
@@ -81,6 +83,38 @@ def test_a_compiled_model_is_a_model() -> None:
     compiled = torch.compile(CNN(2), backend="eager")
     result = distil(target=compiled, test=(PICTURES, DIGITS), compare=["scratch"])
     assert type(result.model) is type(compiled)
+
+
+def test_a_compiled_pair_learns_what_a_plain_one_does() -> None:
+    source, target, method = CNN(8), CNN(2), KD() + 0.5 * Hints("layer2", "layer2")
+    options: dict[str, Any] = {"data": (PICTURES, DIGITS), "test": (PICTURES, DIGITS), "steps": 3, "batch_size": 8}
+    plain = transfer(method, source, target, **options)
+    compiled = [torch.compile(copy.deepcopy(m), backend="aot_eager") for m in (source, target)]
+    result = transfer(method, *compiled, **options)
+    for ours, theirs in zip(result.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_data_in_which_nothing_counts_is_an_error() -> None:
+    with pytest.raises(InputError, match="nothing in 3 updates counted"):
+        transfer(Labels(), target=CNN(2), data=(PICTURES, torch.full((24,), -100)), epochs=2, batch_size=8)
+
+
+def test_an_iterator_for_several_arms_is_refused_before_training() -> None:
+    batches = iter([(PICTURES, DIGITS)])
+    with pytest.raises(InputError, match="read only once, for 2 arms"):
+        distil(batches, test=(PICTURES, DIGITS), compare=["scratch"])
+
+
+def test_all_splits_at_once_are_refused() -> None:
+    with pytest.raises(InputError, match=r"splits\.train"):
+        distil(digits())
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(InputError, match=device):
+        distil(device=device)
 
 
 @pytest.mark.parametrize("part", ["validate", "test"])

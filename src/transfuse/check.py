@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.batch import Batch
-from transfuse.core.outputs import call
+from transfuse.core.outputs import call, eager
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import gives
 
@@ -71,7 +71,7 @@ def _taps(model: nn.Module, names: list[str], sample: Batch) -> dict[str, Any]:
     model = copy.deepcopy(model).eval()
     taps = Taps(model, names, sample.inputs)
     with taps.open() as features:
-        call(model, sample.inputs)
+        call(eager(model), sample.inputs)
     return {name: _shape(feature) for name, feature in features.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transfuse.core.batch import Batch, line_up
 from transfuse.core.errors import InputError
-from transfuse.core.outputs import call, find_logits
+from transfuse.core.outputs import call, eager, find_logits
 from transfuse.core.streams import Data, Draw
 from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
@@ -94,7 +94,7 @@ def evaluate(
 def _classification(model: nn.Module, batches: Any, device: torch.device, reference: Evaluation | None) -> Evaluation:
     logits, labels = [], []
     for batch in batches:
-        logits.append(find_logits(call(model, batch.to(device).inputs)).float().cpu())
+        logits.append(find_logits(call(eager(model), batch.to(device).inputs)).float().cpu())
         if batch.labels is not None:
             labels.append(batch.labels)
     scores, truth = torch.cat(logits), torch.cat(labels) if labels else None
@@ -117,12 +117,12 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
     counts: list[Tensor] = []
     for cpu_batch in batches:
         batch: Batch = cpu_batch.to(device)
-        logits = find_logits(call(model, batch.inputs)).float()
+        logits = find_logits(call(eager(model), batch.inputs)).float()
         positions = {} if batch.labels is None else {"nll": cross_entropy(logits, batch.labels)}
         if batch.labels is not None and task != "language-model":
             positions["accuracy"] = (classes_last(logits).argmax(-1) == batch.labels).float()
         if source is not None:
-            theirs = find_logits(call(source, batch.inputs)).float()
+            theirs = find_logits(call(eager(source), batch.inputs)).float()
             positions["kl"] = kl_divergence(logits, theirs)
             positions["agreement"] = (classes_last(logits).argmax(-1) == classes_last(theirs).argmax(-1)).float()
         if not positions:

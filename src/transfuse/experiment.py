@@ -19,25 +19,23 @@ from torch import Tensor, nn
 
 from transfuse.comparison import ArmResult, ArmRun, Facts, compare
 from transfuse.core import rng
-from transfuse.core.batch import LABEL_NAMES, Batch, token_ids
+from transfuse.core.batch import LABEL_NAMES, Batch
 from transfuse.core.card import TASKS
 from transfuse.core.catalogue import ARMS, working_with
 from transfuse.core.checkpoint import load_state, load_weights, save_state, save_weights
 from transfuse.core.checks import fingerprint
-from transfuse.core.errors import InputError, ShapeError, StoreError, TransferError, nearest
+from transfuse.core.errors import InputError, ShapeError, StoreError, nearest
 from transfuse.core.files import file_name, make_folder, write_atomically
 from transfuse.core.method import Method
-from transfuse.core.outputs import call, find_logits
-from transfuse.core.run import Run
-from transfuse.core.streams import Adapt, Data, Indexed, as_data
+from transfuse.core.streams import Adapt, Data, Indexed, Iterated, as_data
 from transfuse.core.sync import sync_for
 from transfuse.core.teacher import as_teacher, gives, require
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
 from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
-from transfuse.losses import IGNORE, cross_entropy
-from transfuse.measure import cost
+from transfuse.losses import IGNORE
+from transfuse.probing import first_logits, footprint, has_labels, infer_task, reinitialised, require_fit
 from transfuse.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -215,6 +213,12 @@ class Transfer:
         self.arms = [Arm(repr(method), "method", method), *(self._arm(entry) for entry in compare)]
         if len({arm.folder for arm in self.arms}) < len(self.arms):
             raise InputError(f"two arms have the same name: {', '.join(arm.name for arm in self.arms)}")
+        once = [name for name, found in self.data.items() if isinstance(found, Iterated) and found.once]
+        if once and len(self.arms) * len(self.seeds) > 1:
+            raise InputError(
+                f"{once[0]} is an iterator, which can be read only once, for {len(self.arms)} arms and "
+                f"{len(self.seeds)} seed(s): pass a function that returns a new one, a list, or a DataLoader"
+            )
         if len(self.arms) > 1 and self.test is None:
             raise InputError("a comparison needs held-out data: pass validate=... or test=...")
         self.recipe = recipe or self._describe(training)
@@ -295,13 +299,13 @@ class Transfer:
         logits, target = None, self.build_target(self.seeds[0])
         for role, model in (("source", self.source), ("target", target)):
             if model is not None:
-                logits = _try(role, model.to(self.sync.device), sample.to(self.sync.device))
+                logits = first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
         assert logits is not None
         self._task, self._classes = self._task or infer_task(sample, logits), logits.shape[1]
         for what, data in (("validate", self.validate), ("test", self.test)):
             held_out = None if data is None else data.sample(8)
             if held_out is not None:
-                _fits(what, target, held_out.to(self.sync.device), self._task)
+                require_fit(what, target, held_out.to(self.sync.device), self._task)
         for arm in self.arms:
             if self.source is not None and arm.method.uses_source:
                 _require(arm.method, self.source)
@@ -490,7 +494,7 @@ class Transfer:
     def _facts(self, sample: Batch, reference: Evaluation | None, model: nn.Module) -> Facts:
         inputs = sample.slice(0, 1).to(self.sync.device).inputs
         footprints = {
-            role: None if m is None else _footprint(m.to(self.sync.device), inputs)
+            role: None if m is None else footprint(m.to(self.sync.device), inputs)
             for role, m in (("source", self.source), ("target", model))
         }
         classes = self.classes
@@ -579,112 +583,10 @@ OPTIONS = (
 )
 
 
-def infer_task(sample: Batch, logits: Tensor) -> str:
-    """What the logits of one batch are about, from their shape and the labels.
-
-    Raises:
-        ShapeError: they have a shape of no known task.
-    """
-    if logits.dim() == 2:
-        return "classification"
-    if logits.dim() == 4:
-        return "segmentation"
-    if logits.dim() == 3:
-        try:
-            tokens = token_ids(sample)
-        except InputError:
-            return "token-classification"
-        known = sample.labels is not None and sample.labels.shape == tokens.shape and sample.labels != IGNORE
-        if sample.labels is None or bool((sample.labels == tokens)[known].all()):
-            return "language-model"
-        return "token-classification"
-    raise ShapeError(
-        f"the target gives logits of shape {tuple(logits.shape)}: expected (batch, classes), (batch, tokens, classes) "
-        "or (batch, classes, height, width)"
-    )
-
-
-def has_labels(sample: Batch | None) -> bool:
-    """Whether a batch has at least one label."""
-    return sample is not None and sample.labels is not None and bool((sample.labels != IGNORE).any())
-
-
-def reinitialised(model: nn.Module) -> nn.Module:
-    """Redraw a model's weights with its layers' own initialisers, in place.
-
-    Raises:
-        InputError: a layer has parameters and no way to redraw them.
-    """
-    own = getattr(model, "_init_weights", None)  # Hugging Face models
-    for name, module in model.named_modules():
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-        if callable(own):
-            own(module)
-        elif callable(reset):
-            reset()
-        elif next(module.parameters(recurse=False), None) is not None:
-            raise InputError(
-                f"'scratch' cannot redraw the layer {name!r} ({type(module).__name__}), which has parameters but no "
-                "reset_parameters(): pass the target as a function that builds it, or compare with 'finetune'"
-            )
-    return model
-
-
-def _try(role: str, model: nn.Module, sample: Batch) -> Tensor:
-    """The logits of one batch; errors say whose model and which shapes."""
-    run = Run({role: model}, {})
-    run.set_modes(set())
-    try:
-        with run.probe(), torch.no_grad():
-            logits = find_logits(call(model, sample.inputs))
-    except TransferError:
-        raise
-    except Exception as error:
-        raise ShapeError(
-            f"the {role}, {type(model).__name__}, cannot run on this data, {_shapes(sample)}: {error}"
-        ) from error
-    if not logits.isfinite().all() and _finite(sample):
-        raise InputError(f"the {role}, {type(model).__name__}, gives logits that are not finite on the first batch")
-    return logits
-
-
-def _fits(what: str, model: nn.Module, held_out: Batch, task: str) -> None:
-    """Held-out data suits the target: else that would be known only after training."""
-    try:
-        logits = _try("target", model, held_out)
-        if held_out.labels is not None and task != "language-model":
-            cross_entropy(logits, held_out.labels)
-    except TransferError as error:
-        raise type(error)(f"{what}: {error}") from error
-    except ValueError as error:
-        raise ShapeError(f"{what}: {error}") from error
-
-
-def _finite(sample: Batch) -> bool:
-    values = sample.inputs.values() if isinstance(sample.inputs, Mapping) else [sample.inputs]
-    return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
-
-
-def _shapes(sample: Batch) -> str:
-    if isinstance(sample.inputs, Mapping):
-        return "inputs " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in sample.inputs.items())
-    return f"inputs of shape {tuple(sample.inputs.shape)}"
-
-
 def _require(method: Method, source: nn.Module) -> None:
     """Check the source against every part of a method."""
     for part in method.parts:
         require(source, part.card.teacher, type(part).__name__, ", ".join(working_with(gives(source))))
-
-
-def _footprint(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    measured = cost(model, inputs)
-    return {
-        "parameters": measured.parameters,
-        "bytes": measured.bytes,
-        "flops": measured.flops,
-        "latency_ms": measured.latency_ms,
-    }
 
 
 def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:

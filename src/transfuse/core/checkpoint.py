@@ -49,7 +49,7 @@ def load_state(path: Path) -> Any:
     if "transfuse" not in metadata:
         raise StoreError(f"{path} is a safetensors file, but not one of a transfuse run")
     if metadata.get("crc") != _checksum(metadata["transfuse"], tensors):
-        raise StoreError(f"{path} was altered after it was written: its header does not agree with its checksum")
+        raise StoreError(f"{path} was altered after it was written: it does not agree with its checksum")
     return _unpack(json.loads(metadata["transfuse"]), tensors)
 
 
@@ -71,7 +71,8 @@ def save_weights(path: Path, model: nn.Module) -> None:
     state = model.state_dict()
     tied = _tied(state)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if k not in tied}
-    _write_tensors(path, tensors, {"tied": json.dumps(tied)})
+    names = json.dumps(tied)
+    _write_tensors(path, tensors, {"tied": names, "crc": _checksum(names, tensors)})
 
 
 def load_weights(path: Path | str, model: nn.Module) -> None:
@@ -86,6 +87,8 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
         state = _unpickled(path)
     else:
         state, metadata = read_tensors(path)
+        if "crc" in metadata and metadata["crc"] != _checksum(metadata["tied"], state):
+            raise StoreError(f"{path} was altered after it was written: it does not agree with its checksum")
         state |= {key: state[owner] for key, owner in json.loads(metadata.get("tied", "{}")).items()}
     own = model.state_dict()
     state |= {key: state[owner] for key, owner in _tied(own).items() if key not in state and owner in state}
@@ -175,10 +178,16 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {key: owner for key, owner in owners.items() if owner != key}
 
 
-def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of everything in a header: the structure, and the tensors' names, types and shapes."""
-    listed = [f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}" for key in sorted(tensors)]
-    return str(zlib.crc32("\n".join([skeleton, *listed]).encode()))
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of the text and of every tensor: name, type, shape and bytes."""
+    crc = zlib.crc32(text.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        crc = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        if tensor.numel():
+            raw: Any = tensor.flatten().view(torch.uint8).numpy()
+            crc = zlib.crc32(raw, crc)
+    return str(crc)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -66,6 +66,12 @@ def find_logits(raw: Any) -> Tensor:
     )
 
 
+def eager(model: nn.Module) -> nn.Module:
+    """A model without the compiled wrapper: what runs before taps are in place must not compile it without them."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = None) -> Any:
     """Call a model the way its inputs ask for: `model(**inputs)` for a mapping, else `model(inputs)`.
 

@@ -268,6 +268,8 @@ def as_data(value: Any, adapt: Adapt | None = None, collate: Callable[[list[Any]
         return Iterated(value, adapt)
     if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | Mapping):
         return Indexed(value, adapt, collate)
+    if hasattr(value, "train") and hasattr(value, "validate"):
+        raise InputError("these are all splits of a data set: pass one, for instance data=splits.train")
     if isinstance(value, IterableDataset):
         raise InputError("an IterableDataset yields single samples: wrap it in a DataLoader with a batch_size")
     if isinstance(value, Iterable) or callable(value):

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.errors import InputError
+
 
 class Sync:
     """One process.
@@ -25,7 +27,7 @@ class Sync:
 
     def __init__(self, device: str | torch.device | None = None):
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = torch.device(device) if device is not None else (accelerator or torch.device("cpu"))
+        self.device = (accelerator or torch.device("cpu")) if device is None else _usable(device)
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of the parameters over the processes."""
@@ -84,3 +86,12 @@ class Distributed(Sync):
 def sync_for(device: str | torch.device | None = None) -> Sync:
     """The right one for this process: several when a launcher says so, else one."""
     return Distributed(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Sync(device)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"the device {str(device)!r} cannot be used here: {error}") from error
+    return found

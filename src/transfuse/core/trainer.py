@@ -94,6 +94,9 @@ class Trainer:
         self._best: dict[str, Any] | None = None
         self._pending: dict[str, Any] | None = None
         self._moving: set[str] = set()
+        self._empty = 0
+        # Gradient norms need the graph twice, which compiled models do not keep.
+        self._compiled = any(_is_compiled(m) for model in roles.values() for m in model.modules())
         self._interruption = Interruption()
         self._saved_at = time.monotonic()
 
@@ -242,11 +245,12 @@ class Trainer:
         for batches in micro:
             terms = self._loss(phase, batches)
             update.note(terms)
-            if norms is None and self.watch.due(step):
+            if norms is None and self.watch.due(step) and not self._compiled:
                 norms = self.watch.norms(phase, terms, update.totals)
             update.backward(terms)
         update.finish()
         values = update.values()
+        self._require_something(phase, values)
         if self.run.device.type == "cpu" or step % READS == 0 or step + 1 == self.clock.steps:
             self._read(phase, update, values, norms, micro)
         self.scaler.unscale_(optimizer)
@@ -267,6 +271,15 @@ class Trainer:
         self.scaler.step(optimizer)
         self.scaler.update()
         self.method.after_update(phase, values, self.run)
+
+    def _require_something(self, phase: Phase, values: dict[str, Tensor]) -> None:
+        """An epoch in which no term of a phase counted anything has taught nothing."""
+        self._empty = 0 if values else self._empty + 1
+        if self._empty == (self.clock.per_epoch or self.clock.steps):
+            raise InputError(
+                f"phase {phase.name!r}: nothing in {self._empty} updates counted, so nothing was learned. Is every "
+                "label -100, or every position masked? A chat template that marks no answer does that"
+            )
 
     def _loss(self, phase: Phase, batches: Mapping[str, Batch]) -> Losses:
         try:
@@ -484,3 +497,7 @@ class Trainer:
         """Give every process the running statistics of the first."""
         for role in sorted(self._moving):
             self.sync.broadcast(self.run[role].buffers())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
