@@ -203,3 +203,19 @@ def test_a_run_is_resumed_with_the_data_and_the_source_that_it_had(tmp_path: Pat
     with pytest.raises(InputError, match="other .* data or source"):
         resume(tmp_path, source=CNN(8, seed=1))
     assert resume(tmp_path).report.verdict == "not compared"
+
+
+def test_a_flipped_bit_in_the_weights_of_a_finished_arm_is_noticed(tmp_path: Path) -> None:
+    distil(out=tmp_path)
+    path = tmp_path / "arms/kd/seed-0/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="was altered"):
+        resume(tmp_path)
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        distil().save(tmp_path / name)
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b", "c", "d")}) == 1

@@ -71,8 +71,9 @@ def save_weights(path: Path, model: nn.Module) -> None:
     state = model.state_dict()
     tied = _tied(state)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if k not in tied}
-    names = json.dumps(tied)
-    _write_tensors(path, tensors, {"tied": names, "crc": _checksum(names, tensors)})
+    # One entry, for safetensors writes several in a random order, and equal models should be equal files.
+    facts = {"tied": tied, "crc": _checksum(json.dumps(tied), tensors)}
+    _write_tensors(path, tensors, {"weights": json.dumps(facts)})
 
 
 def load_weights(path: Path | str, model: nn.Module) -> None:
@@ -87,9 +88,11 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
         state = _unpickled(path)
     else:
         state, metadata = read_tensors(path)
-        if "crc" in metadata and metadata["crc"] != _checksum(metadata["tied"], state):
+        facts = json.loads(metadata.get("weights", "{}"))
+        tied = facts.get("tied", {})
+        if facts and facts["crc"] != _checksum(json.dumps(tied), state):
             raise StoreError(f"{path} was altered after it was written: it does not agree with its checksum")
-        state |= {key: state[owner] for key, owner in json.loads(metadata.get("tied", "{}")).items()}
+        state |= {key: state[owner] for key, owner in tied.items()}
     own = model.state_dict()
     state |= {key: state[owner] for key, owner in _tied(own).items() if key not in state and owner in state}
     differences = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]

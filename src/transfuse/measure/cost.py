@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfuse.core.errors import InputError
-from transfuse.core.outputs import call
+from transfuse.core.outputs import call, eager
 
 _WARM_UP = 2
 
@@ -140,7 +140,7 @@ def _operations(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> int | N
     """Floating point operations of one pass, or None where the counter fails or knows none of them."""
     try:
         with _plain_kernels(), FlopCounterMode(display=False) as counter:
-            call(model, inputs)
+            call(eager(model), inputs)
     except Exception:
         return None
     return counter.get_total_flops() or None
