@@ -2,7 +2,7 @@
 
 Both train a student by KD (temperature 4, weight 0.9, and the labels) with the same losses, the same fused
 AdamW and the same cosine. What the trainer does on top (counts, checks, the learning curve, gradient norms every
-100 updates) is what the ratio shows; setting up is not part of it.
+200 updates) is what the ratio shows; setting up is not part of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transfuse.models import DecoderLM, SmallCNN
 
 TURN = 10
 """Steps of one side before it is the other's turn."""
-ROUND = 100
+ROUND = 200
 """Steps of each side in one pair: the trainer takes gradient norms once in as many, so each pair has its share."""
 TEMPERATURE, ALPHA, LR, WEIGHT_DECAY = 4.0, 0.9, 1e-3, 0.01
 
@@ -65,7 +65,7 @@ def measure(repeats: int | None, smoke: bool) -> Result:
         for label, make in CASES.items():
             torch.manual_seed(0)
             case = make()
-            turn, round_, pairs = (1, 2, 1) if smoke else (TURN, ROUND, repeats or 10)
+            turn, round_, pairs = (1, 2, 1) if smoke else (TURN, ROUND, repeats or 6)
             result.add(label, case.limit, compare(case, turn, round_, pairs))
     finally:
         torch.set_num_threads(threads)

@@ -102,7 +102,8 @@ class Run:
             params = {**{name: buffer.clone() for name, buffer in model.named_buffers()}, **(params or {})}
         taps = self._taps[role]
         autocast = torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()
-        with nullcontext() if grad else torch.no_grad(), autocast, taps.open(swap, until) as features:
+        opened = taps.open(swap, until) if taps.paths or swap or until else nullcontext(Features())
+        with nullcontext() if grad else torch.no_grad(), autocast, opened as features:
             try:
                 raw = call(model, batch.inputs, params)
             except Stopped:

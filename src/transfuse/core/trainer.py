@@ -203,7 +203,8 @@ class Trainer:
                 self.method.begin_epoch(self.run)
             micro = self._draw()
             counts = count_units(self.method, micro)
-            micro = [{name: batch.to(self.run.device) for name, batch in batches.items()} for batches in micro]
+            if self.run.device.type != "cpu":
+                micro = [{name: batch.to(self.run.device) for name, batch in batches.items()} for batches in micro]
             for phase in self._stage.phases:
                 if isinstance(phase, Observe):
                     with torch.no_grad():

@@ -27,7 +27,7 @@ class Watch:
 
     A weighted term that is exactly zero for 50 updates, or has less than 1 % of the gradient over 50 updates, is
     reported; so are parameters of a phase that get no gradient. Gradient norms cost a backward pass
-    per term, so they are taken at updates 0, 25, 50, 100, 200, 300, ...
+    per term, so they are taken at updates 0, 25, 50, 200, 400, 600, ...
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Watch:
 
     def due(self, step: int) -> bool:
         """Whether gradient norms are taken at this update of the stage."""
-        return step in (0, 25, 50) or step % 100 == 0
+        return step in (0, 25, 50) or step % 200 == 0
 
     def norms(self, phase: Phase, terms: Losses, totals: Totals) -> dict[str, float]:
         """The norm of each weighted term's gradient on the phase's parameters, from one micro-batch."""
