@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.batch import Batch
+from transfuse.core.composition import merged_wants
 from transfuse.core.outputs import call, eager
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import gives
@@ -48,10 +49,7 @@ def _data(data: Any, transfer: Transfer) -> dict[str, Any]:
 
 def _models(transfer: Transfer, sample: Batch) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    wants: dict[str, list[str]] = {}
-    for arm in transfer.arms:
-        for role, names in arm.method.wants().items():
-            wants.setdefault(role, []).extend(n for n in names if n not in wants.get(role, []))
+    wants = merged_wants(arm.method for arm in transfer.arms)
     for role, model in (("source", transfer.source), ("target", transfer.build_target(transfer.seeds[0]))):
         if model is None:
             continue
@@ -91,7 +89,7 @@ def _dry_run(transfer: Transfer, number: int) -> dict[str, Any]:
     target = trainer.run["target"]
     # Weights, gradients and two moments of the optimiser, the teacher's weights, and what backward keeps.
     weights = sum(p.nbytes for p in target.parameters()) * 4 + sum(p.nbytes for p in trainer.method.parameters()) * 4
-    weights += sum(p.nbytes for p in transfer.source.parameters()) if transfer.source else 0
+    weights += sum(p.nbytes for p in transfer.source.parameters()) if transfer.source is not None else 0
     return {
         "name": arm.name,
         "role": arm.role,

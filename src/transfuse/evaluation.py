@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transfuse.core.batch import Batch, line_up
 from transfuse.core.errors import InputError
-from transfuse.core.outputs import call, eager, find_logits
+from transfuse.core.outputs import call, eager, find_logits, modes_kept
 from transfuse.core.streams import Data, Draw
 from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
@@ -73,8 +73,7 @@ def evaluate(
         InputError: the data holds nothing to score.
     """
     models = [m for m in (model, source) if m is not None]  # a compiled model has no truth value
-    modes = {module: module.training for m in models for module in m.modules()}
-    try:
+    with modes_kept(*models):
         for m in models:
             m.eval()
         device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -86,9 +85,6 @@ def evaluate(
         if task == "classification":
             return _classification(model, batches, device, reference)
         return _dense(model, batches, device, source, task)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _classification(model: nn.Module, batches: Any, device: torch.device, reference: Evaluation | None) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from transfuse.core.checks import fingerprint
 from transfuse.core.errors import InputError, ShapeError, StoreError, nearest
 from transfuse.core.files import file_name, make_folder, write_atomically
 from transfuse.core.method import Method
+from transfuse.core.outputs import modes_kept
 from transfuse.core.streams import Adapt, Data, Indexed, Iterated, as_data
 from transfuse.core.sync import sync_for
 from transfuse.core.teacher import as_teacher, gives, require
@@ -202,9 +204,10 @@ class Transfer:
         self.validate = None if validate is None else read("validate", validate)
         self.test = self.validate if test is None else read("test", test)
         known = {f for f in Training.__dataclass_fields__ if f != "seed"}
+        own = {p.name for p in inspect.signature(Transfer).parameters.values() if p.kind is p.KEYWORD_ONLY}
         for option in training:
             if option not in known:
-                raise InputError(f"transfer has no option {option!r}: {nearest(option, known | set(OPTIONS))}")
+                raise InputError(f"transfer has no option {option!r}: {nearest(option, known | own)}")
         self.training = Training(**training)
         self.seeds, self.classes, self.name = tuple(seeds), classes, name
         self.out = None if out is None else Path(out)
@@ -253,17 +256,13 @@ class Transfer:
             raise InputError("this transfer has run already: make a new one, or call run(resume=True) on a new one")
         self._used = True
         self._claim_folder(resume)
-        modes = {} if self.source is None else {m: m.training for m in self.source.modules()}
-        try:
+        with modes_kept(*(() if self.source is None else (self.source,))):
             sample = self.first_pass()
             self._check_data()
             reference = self._measure_source()
             with self._watched():
                 results, model = self._train_arms(resume, reference)
             report = compare(results, self._facts(sample, reference, model))
-        finally:
-            for module, training in modes.items():
-                module.training = training
         result = Result(model.eval(), report, results)
         if self.out and self.sync.rank == 0:
             result.save(self.out)
@@ -280,7 +279,7 @@ class Transfer:
         assert self._task is not None
         return self._task
 
-    @property
+    @cached_property
     def metric(self) -> str:
         """What the comparison is about."""
         held_out = None if self.test is None else self.test.sample(8)
@@ -410,11 +409,8 @@ class Transfer:
         began = time.monotonic()
         model = trainer.fit(resume=resume)
         seconds = time.monotonic() - began
-        metric = self.metric
-        sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
-        curve = [{**r, "validate": None if r["validate"] is None else sign * r["validate"]} for r in trainer.history]
         measured = None if self.test is None else self._evaluate(model, self.test, reference)
-        run = ArmRun(seed, seconds, trainer.updates, curve, list(trainer.watch.messages.values()), measured)
+        run = ArmRun(seed, seconds, trainer.updates, trainer.history, list(trainer.watch.messages.values()), measured)
         if folder and self.sync.rank == 0:
             save_weights(folder / "model.safetensors", model)
             state = {**vars(run), "evaluation": measured and measured.state()}
@@ -440,7 +436,8 @@ class Transfer:
             data,
             training,
             folder=folder,
-            validate=self._validator(self.validate) if self.validate else None,
+            validate=self._score,
+            higher_is_better=self._validation_metric is None or HIGHER_IS_BETTER[self._validation_metric],
             sync=self.sync,
             task=self.task,
             shuffled=arm.shuffled,
@@ -458,17 +455,20 @@ class Transfer:
         every = training.validate_every or data.updates(training.batch_size)
         return {name: labelled}, replace(training, epochs=None, steps=steps, batch_size=size, validate_every=every)
 
-    def _validator(self, data: Data) -> Callable[[nn.Module], float]:
-        metric = main_metric(self.task, has_labels(data.sample(8)))
+    @cached_property
+    def _validation_metric(self) -> str | None:
+        return None if self.validate is None else main_metric(self.task, has_labels(self.validate.sample(8)))
+
+    @cached_property
+    def _score(self) -> Callable[[nn.Module], float] | None:
+        """What validates the target: one function for all arms and seeds, so that the source runs for it once."""
+        data, metric = self.validate, self._validation_metric
+        if data is None or metric is None:
+            return None
         # The source takes part only where the score is about it.
         compared = metric == "agreement"
         reference = self._reference(data) if compared else None
-        sign = 1.0 if HIGHER_IS_BETTER[metric] else -1.0
-
-        def score(model: nn.Module) -> float:
-            return sign * self._evaluate(model, data, reference, compared).metrics[metric]
-
-        return score
+        return lambda model: self._evaluate(model, data, reference, compared).metrics[metric]
 
     # Measuring -------------------------------------------------------------------------------------------------
 
@@ -562,25 +562,6 @@ class Transfer:
             "seeds": list(self.seeds),
             **plain,
         }
-
-
-OPTIONS = (
-    "validate",
-    "test",
-    "compare",
-    "seeds",
-    "task",
-    "classes",
-    "adapt",
-    "collate",
-    "out",
-    "device",
-    "name",
-    "recipe",
-    "listener",
-    "progress",
-    "track",
-)
 
 
 def _require(method: Method, source: nn.Module) -> None:

@@ -61,8 +61,7 @@ class Progress:
             self._end_training()
             self._current, self._began, self._score = (arm, seed), now, None
         if record and record["validate"] is not None:
-            # Every metric is positive; the trainer turns round those of which less is better.
-            self._score = abs(record["validate"])
+            self._score = record["validate"]
         clock = trainer.clock
         if now - self._looked < PAUSE and clock.step < clock.steps:
             return

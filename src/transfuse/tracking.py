@@ -106,9 +106,6 @@ class Tracking:
 def scalars(trainer: Trainer, record: dict[str, Any]) -> dict[str, float]:
     """A record under flat names, without what was not measured."""
     values = {"loss": record["loss"], "validate": record["validate"]}
-    if values["validate"] is not None:
-        # Every metric is positive; the trainer turns round those of which less is better.
-        values["validate"] = abs(values["validate"])
     for name, term in record["terms"].items():
         values.update({f"terms/{name}/{what}": value for what, value in term.items()})
     values.update({f"lr/{phase}": rate for phase, rate in trainer.rates.items()})

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transfuse.core.errors import InputError, StoreError
-from transfuse.core.files import sync_folder, temporary
+from transfuse.core.files import make_folder, sync_folder, temporary
 
 FORMAT = 1
 
@@ -128,7 +128,7 @@ class Checkpoints:
         partial = self.folder / f"update-{update}.tmp"
         if sync.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            _make(partial)
+            make_folder(partial)
         sync.barrier()
         if sync.rank == 0:
             save_state(partial / "shared.safetensors", {"format": FORMAT, "world": sync.world, "state": shared})
@@ -199,13 +199,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
             save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise StoreError(f"cannot create {folder}: {error.strerror or error}") from None
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

@@ -34,11 +34,7 @@ class Several(Method):
         return [part for method in self.methods for part in method.parts]
 
     def wants(self) -> dict[str, list[str]]:
-        taps: dict[str, list[str]] = {}
-        for method in self.methods:
-            for role, names in method.wants().items():
-                taps.setdefault(role, []).extend(n for n in names if n not in taps.get(role, []))
-        return taps
+        return merged_wants(self.methods)
 
     def setup(self, run: Run, sample: Batch | None) -> None:
         for method in self.methods:
@@ -157,6 +153,15 @@ class Then(Several):
     def __repr__(self) -> str:
         shares = "" if len(set(self.shares)) == 1 else f", shares={self.shares}"
         return f"Then({', '.join(map(repr, self.methods))}{shares})"
+
+
+def merged_wants(methods: Iterable[Method]) -> dict[str, list[str]]:
+    """The taps that any of the methods wants, by role, each once."""
+    taps: dict[str, list[str]] = {}
+    for method in methods:
+        for role, names in method.wants().items():
+            taps.setdefault(role, []).extend(n for n in names if n not in taps.get(role, []))
+    return taps
 
 
 def weighted_sum(parts: Sequence[tuple[Weight, Method]]) -> Method:

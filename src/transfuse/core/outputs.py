@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -44,8 +45,7 @@ class Outputs:
         Raises:
             InputError: the model returned something in which no logits can be found.
         """
-        logits = find_logits(self.raw)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return full_precision(find_logits(self.raw))
 
 
 def find_logits(raw: Any) -> Tensor:
@@ -64,6 +64,22 @@ def find_logits(raw: Any) -> Tensor:
         "expected a tensor, something with 'logits', or a tuple whose first element is a tensor; "
         "wrap the model in an nn.Module that returns its logits"
     )
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put every layer back into the mode (train or eval) in which it was."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """Half-precision numbers as float32, which losses are computed in; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def eager(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, nearest
-from transfuse.core.outputs import Features, Outputs, call, find_logits
+from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision, modes_kept
 from transfuse.core.phases import Phase
 from transfuse.core.streams import Data
 from transfuse.core.sync import Sync
@@ -142,19 +142,16 @@ class Run:
     @contextmanager
     def probe(self) -> Iterator[None]:
         """Work on the models and leave no trace: buffers, modes, gradients and random numbers are put back."""
-        modules = [m for model in self.roles.values() for m in model.modules()]
-        modes = [m.training for m in modules]
         buffers = [(b, b.clone()) for model in self.roles.values() for b in model.buffers()]
         params = [p for model in self.roles.values() for p in model.parameters()]
         grads = [p.grad for p in params]
         for p in params:
             p.grad = None
+        seed = rng.derive(self.seed, "probe", self.clock.stage, self.clock.step)
         try:
-            with rng.scope(rng.derive(self.seed, "probe", self.clock.stage, self.clock.step)):
+            with modes_kept(*self.roles.values()), rng.scope(seed):
                 yield
         finally:
-            for module, training in zip(modules, modes, strict=True):
-                module.training = training
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
             with torch.no_grad():
@@ -209,4 +206,4 @@ class Run:
 def _full_precision(feature: Any) -> Any:
     if isinstance(feature, list):
         return [_full_precision(f) for f in feature]
-    return feature.float() if feature.dtype in (torch.float16, torch.bfloat16) else feature
+    return full_precision(feature)

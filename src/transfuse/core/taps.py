@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import LayerError, nearest
-from transfuse.core.outputs import Features, call, find_logits
+from transfuse.core.outputs import Features, call, find_logits, modes_kept
 
 PENULTIMATE = "penultimate"
 Swap = Mapping[str, Tensor | Callable[[Tensor], Tensor]]
@@ -164,15 +164,12 @@ def trace_penultimate(model: nn.Module, inputs: Any) -> str:
     seen: list[tuple[str, Tensor]] = []
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     handles = [m.register_forward_hook(lambda _m, _a, output, name=n: seen.append((name, output))) for n, m in linear]
-    modes = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        logits = find_logits(call(model, inputs))
+        with modes_kept(model):
+            logits = find_logits(call(model.eval(), inputs))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     head = [name for name, output in seen if output.shape[-1] == logits.shape[-1]]
     if not head:
         raise LayerError(

@@ -48,7 +48,8 @@ class Trainer:
         data: data by name, as the method's stages call it.
         training: how long and how.
         folder: where checkpoints go; None writes none.
-        validate: scores the target, for curves and `keep="best"`; higher is better.
+        validate: scores the target, for curves and `keep="best"`.
+        higher_is_better: which way the score points.
         sync: how processes agree; pass `Sync()` for a trainer inside another.
         task: `"classification"`, `"language-model"`, `"token-classification"`, `"segmentation"`.
         shuffled: give every sample the source's outputs for another one (the control arm).
@@ -64,12 +65,14 @@ class Trainer:
         *,
         folder: Path | None = None,
         validate: Callable[[nn.Module], float] | None = None,
+        higher_is_better: bool = True,
         sync: Sync | None = None,
         task: str = "classification",
         shuffled: bool = False,
         listener: Callable[[Trainer, dict[str, Any] | None], None] | None = None,
     ):
         self.method, self.training, self.validate, self.listener = method, training, validate, listener
+        self.higher_is_better = higher_is_better
         self.sync = sync or Sync()
         self.run = Run(
             roles,
@@ -389,10 +392,13 @@ class Trainer:
         with rng.scope(0), torch.no_grad():
             score = float(self.validate(self.target))
         self.run.set_modes(set(self._stage.train))
-        if self._stage.keep == "best" and (self._best is None or score > self._best["score"]):
+        if self._stage.keep == "best" and (self._best is None or self._improves(score, self._best["score"])):
             state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
             self._best = {"score": score, "state": state}
         return score
+
+    def _improves(self, score: float, best: float) -> bool:
+        return score > best if self.higher_is_better else score < best
 
     def _maybe_save(self) -> None:
         """Save when it is time, and stop when the user asked for it; all processes decide alike."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from transfuse.core import catalogue
 from transfuse.core.errors import InputError, MethodError, StoreError, nearest
-from transfuse.core.files import write_atomically
+from transfuse.core.files import make_folder, write_atomically
 from transfuse.core.interruption import Interrupted
 from transfuse.core.registry import call_named
 from transfuse.recipe.reading import explain, parse, read_text
@@ -197,10 +197,7 @@ class Recipe:
 
     def _note_start(self) -> None:
         """Write what :meth:`of_run` reads; the recipe last, since it claims the folder."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot create {self.out}: {error.strerror or error}") from None
+        make_folder(self.out)
         started = {
             "name": self.spec.name,
             "folder": os.path.relpath(self.folder, self.out),
