@@ -87,7 +87,11 @@ def test_every_plot_is_drawn_legible_and_fits_the_window(
     for width, scheme in ((1280, "light"), (400, "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(200)  # Plotly waits that long before it follows the window
+        page.wait_for_timeout(200)  # Plotly waits that long before it follows the window, and longer on a busy machine
+        page.wait_for_function(
+            """() => [...document.querySelectorAll(".plot")].every((plot) =>
+              Math.abs(plot.querySelector("svg.main-svg").clientWidth - plot.clientWidth) < 2)"""
+        )
         plots = page.evaluate(
             """() => [...document.querySelectorAll(".plot")].map((plot) => {
               const box = plot.querySelector("svg.main-svg").getBoundingClientRect();
