@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from proofs.study import Study
 from transfuse.core import catalogue
 from transfuse.core.errors import InputError, nearest
 from transfuse.core.method import Method
@@ -46,9 +47,10 @@ class Proof:
         name: of the file it is declared in, and of its result.
         proves: names in the catalogue of the methods it is evidence for; the first gives family and sheet.
         data: in words, with the number of samples and labels.
-        splits: loads the data; train, and test for the result.
-        source: the teacher.
-        target: builds the student; every seed has its own initial weights.
+        splits: loads the data: `train`, and `test` for the result. Either may be several sets, as a dict or a list.
+        source: the teacher; a list of teachers; a function that returns what :func:`transfuse.transfer` takes as
+            source (a data set, models); or None.
+        target: builds the student, and every seed has its own initial weights; or a trained model to start from.
         method: the arm that is judged.
         compare: the other arms, as :class:`transfuse.Transfer` takes them.
         baseline: name of the arm over which the gain is taken: what the method promises to improve on.
@@ -66,8 +68,8 @@ class Proof:
     proves: tuple[str, ...]
     data: str
     splits: Callable[[], Splits]
-    source: Trained
-    target: Callable[[], nn.Module]
+    source: Trained | Sequence[Trained | Callable[[], Any]] | Callable[[], Any] | None
+    target: Callable[[], nn.Module] | Trained
     method: Method
     compare: tuple[str | Method, ...]
     baseline: str
@@ -106,7 +108,7 @@ def names() -> list[str]:
     return [path.stem for path in _files()]
 
 
-def find(name: str) -> Proof:
+def find(name: str) -> Proof | Study:
     """The proof of this name.
 
     Raises:
@@ -114,7 +116,7 @@ def find(name: str) -> Proof:
     """
     for path in _files():
         if path.stem == name:
-            proof: Proof = importlib.import_module(f"proofs.{path.parent.name}.{path.stem}").PROOF
+            proof: Proof | Study = importlib.import_module(f"proofs.{path.parent.name}.{path.stem}").PROOF
             return proof
     raise InputError(f"no proof is called {name!r}: {nearest(name, names())}")
 

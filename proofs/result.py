@@ -15,12 +15,16 @@ from transfuse.report.schema import Machine, Part, Source, Verdict
 
 
 class Run(Part):
-    """One arm trained with one seed; `value` is the metric on test data, `seconds` the training alone."""
+    """One arm with one seed; `value` is the metric on test data, `metrics` are others, `seconds` the training alone.
+
+    The trials of a study have no time of their own for each arm: it is that of the whole trial.
+    """
 
     seed: int
     arm: str
     value: float
     seconds: float
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
 class Gain(Part):
@@ -40,7 +44,7 @@ class ProofResult(Part):
     proves: list[str] = Field(min_length=1)
     method: str
     data: str
-    source: Source
+    source: Source | None
     training: dict[str, JsonValue]
     metric: str
     higher_is_better: bool

@@ -36,13 +36,19 @@ def _section(result: ProofResult) -> str:
     source = result.source
     facts = [
         f"- data: {result.data}",
-        f"- teacher: {source.name}, {result.metric} {number(source.metrics[result.metric])}",
+        *([f"- source: {source.name}{_measured(result)}"] if source else []),
         f"- expected: {result.expected}",
         *([f"- notes: {result.notes}"] if result.notes else []),
         f"- made on {result.date} at commit {(result.commit or 'unknown')[:12]}, {result.machine.cpu}",
     ]
     table = _table(("arm", result.metric, "by seed", "gain of the method"), arms)
     return f"## {', '.join(result.proves)} {{#{result.name}}}\n\n{table}\n\n" + "\n".join(facts)
+
+
+def _measured(result: ProofResult) -> str:
+    """The source's own score, where it is a model that can be scored."""
+    value = result.source.metrics.get(result.metric) if result.source else None
+    return "" if value is None else f", {result.metric} {number(value)}"
 
 
 def _over(result: ProofResult, arm: str) -> str:

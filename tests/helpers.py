@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ from transfuse.models.lm import DecoderLM
 torch.set_num_threads(1)  # sums in one order, so that runs can be compared bit by bit
 
 CLASSES, SIDE, VOCABULARY = 3, 4, 11
+
+
+@dataclass
+class Example:
+    """A method with the least it runs on, as :func:`transfuse.transfer` takes it; under a second of training.
+
+    Tests that are generated from the catalogue run one of each method, see `tests/test_every_method.py`.
+    """
+
+    method: Method
+    target: nn.Module
+    source: Any = None
+    data: Any = None
+    test: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class CNN(nn.Module):

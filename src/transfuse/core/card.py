@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CARRIES = ("outputs", "features", "relations", "attention", "weights", "data", "nothing")
-TEACHERS = ("full", "features", "topk", "sampled", "text", "weights", "none")
+CARRIES = ("outputs", "features", "relations", "attention", "weights", "data", "gradients", "nothing")
+TEACHERS = ("full", "features", "topk", "sampled", "text", "weights", "data", "tasks", "clients", "none")
 DATA = ("labelled", "few-labelled", "unlabelled", "private", "none")
 TASKS = ("classification", "language-model", "token-classification", "segmentation", "regression")
 

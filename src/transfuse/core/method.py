@@ -40,6 +40,16 @@ class Method(nn.Module):
     """Whether the method runs a source at all."""
     keeps: Sequence[str] = ()
     """Roles that move without an optimiser (averaged or promoted models)."""
+    needs_data: bool = True
+    """Whether the caller must give data to train on; a data-free method makes its own."""
+    moves_source: bool = False
+    """Whether sources are trained as well; every arm and seed then has copies of its own."""
+    scored_by_stage: bool = False
+    """Whether held-out data is scored after every stage: tasks of a stream, rounds of bought labels."""
+    select: str | None = None
+    """How validation data is scored; None is the task's own metric. What needs no labels cannot leak them."""
+    one_process: str | None = None
+    """Why the method cannot run on several processes, where it cannot."""
 
     def wants(self) -> dict[str, list[str]]:
         """Taps by role, see :mod:`transfuse.core.taps`."""
@@ -70,8 +80,12 @@ class Method(nn.Module):
         """Called after each optimiser step with the raw value of every term over the whole update."""
 
     def deploy(self, target: nn.Module) -> nn.Module:
-        """What the user gets back."""
+        """What the user gets back. Called after every stage that is scored, so it must change nothing."""
         return target
+
+    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Whether each held-out sample is answered correctly, `(samples,)`; what accuracy is the mean of."""
+        return logits.argmax(-1) == labels
 
     @property
     def parts(self) -> list[Method]:
