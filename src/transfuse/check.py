@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from transfuse.core.composition import merged_wants
 from transfuse.core.outputs import call, eager
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import gives
+from transfuse.core.trainer import Trainer
 
 if TYPE_CHECKING:
     from transfuse.experiment import Transfer
@@ -50,9 +51,7 @@ def _data(data: Any, transfer: Transfer) -> dict[str, Any]:
 def _models(transfer: Transfer, sample: Batch) -> dict[str, Any]:
     found: dict[str, Any] = {}
     wants = merged_wants(arm.method for arm in transfer.arms)
-    for role, model in (("source", transfer.source), ("target", transfer.build_target(transfer.seeds[0]))):
-        if model is None:
-            continue
+    for role, model in (*transfer.sources.items(), ("target", transfer.build_target(transfer.seeds[0]))):
         model = model.to(transfer.sync.device)
         found[role] = {
             "class": type(model).__name__,
@@ -76,30 +75,41 @@ def _taps(model: nn.Module, names: list[str], sample: Batch) -> dict[str, Any]:
 def _dry_run(transfer: Transfer, number: int) -> dict[str, Any]:
     arm = transfer.arms[number]
     trainer = transfer.trainer(arm, transfer.seeds[0], transfer.build_target(transfer.seeds[0], arm.fresh))
-    steps, trainer.training = trainer.training, replace(trainer.training, epochs=None, steps=UPDATES)
-    trainer.validate = None
+    trainer.validate = trainer.score_stage = None
     stamps: list[float] = []
-    trainer.listener = lambda _trainer, _record: stamps.append(time.perf_counter())
-    kept = _Saved()
-    with kept:
+    updates = 0
+
+    def stamp(trainer: Trainer, record: Any) -> None:
+        nonlocal updates
+        stamps.append(time.perf_counter())
+        updates = trainer.clock.steps
+        if len(stamps) == UPDATES:
+            raise _EnoughError
+
+    trainer.listener = stamp
+    kept, began = _Saved(), time.perf_counter()
+    with kept, suppress(_EnoughError):
         trainer.fit()
-    per_update = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-    first = next(iter(transfer.data.values())).updates(steps.batch_size)
-    updates = steps.steps or (None if first is None else round((steps.epochs or 0) * first))
+    # A run of a single update has no others to be timed by.
+    per_update = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else stamps[0] - began
     target = trainer.run["target"]
     # Weights, gradients and two moments of the optimiser, the teacher's weights, and what backward keeps.
     weights = sum(p.nbytes for p in target.parameters()) * 4 + sum(p.nbytes for p in trainer.method.parameters()) * 4
-    weights += sum(p.nbytes for p in transfer.source.parameters()) if transfer.source is not None else 0
+    weights += sum(p.nbytes for source in transfer.sources.values() for p in source.parameters())
     return {
         "name": arm.name,
         "role": arm.role,
         "updates": updates,
         "ms_per_update": 1000 * per_update,
-        "seconds": None if updates is None else updates * per_update,
+        "seconds": updates * per_update,
         "side_parameters": sum(p.numel() for p in trainer.method.parameters()),
         "memory_mb": (weights + kept.bytes) / 1e6,
         "warnings": list(trainer.watch.messages.values()),
     }
+
+
+class _EnoughError(Exception):
+    """Ends a dry run."""
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -30,6 +30,8 @@ class ArmRun:
     curve: list[dict[str, Any]]
     warnings: list[str]
     evaluation: Evaluation | None
+    stages: list[dict[str, float]] = field(default_factory=list)
+    panels: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +28,16 @@ class Evaluation:
         values: for each metric, one value per sample, `(samples,)`; their mean is the metric. Accuracy, agreement
             with the source (same top class), kl (source to target) and nll in nats per sample or token.
         logits, labels: `(samples, classes)` and `(samples,)` in classification, else None.
+        sets: names of the held-out sets, where there are several; `of_set` says of which each sample is.
+        counts: `(samples,)` scored positions of each sample in token- and pixel-wise tasks, else None.
     """
 
     values: dict[str, Tensor]
     logits: Tensor | None = None
     labels: Tensor | None = field(default=None)
+    sets: tuple[str, ...] = ()
+    of_set: Tensor | None = None
+    counts: Tensor | None = None
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -41,9 +47,20 @@ class Evaluation:
             found["ece"] = expected_calibration_error(self.logits, self.labels)
         return found
 
+    def by_set(self, metric: str) -> dict[str, float]:
+        """A metric on each of several held-out sets; empty where there is one."""
+        if self.of_set is None:
+            return {}
+        value = self.values[metric].double()
+        if self.counts is not None:  # back from the mean over all positions to sums over a sample's
+            value = value * self.counts.sum() / len(value)
+        weight = torch.ones_like(value) if self.counts is None else self.counts
+        members = {name: self.of_set == number for number, name in enumerate(self.sets)}
+        return {name: float(value[m].sum() / weight[m].sum()) for name, m in members.items() if weight[m].sum()}
+
     def state(self) -> dict[str, Any]:
         """As tensors, for keeping on disk."""
-        return {"values": self.values, "logits": self.logits, "labels": self.labels}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def main_metric(task: str, labelled: bool) -> str:
@@ -62,12 +79,14 @@ def evaluate(
     batch_size: int,
     source: nn.Module | None = None,
     reference: Evaluation | None = None,
+    is_correct: Callable[[Tensor, Tensor], Tensor] = correct,
 ) -> Evaluation:
     """Run a model over held-out data in eval mode, with the same label alignment and losses as in training.
 
     Args:
         source: compared with batch by batch, where logits are too many to keep (tokens, pixels).
         reference: the source's own evaluation in classification, so that it runs once for all comparisons.
+        is_correct: whether each sample's logits answer its label, all samples at once; top-1 by default.
 
     Raises:
         InputError: the data holds nothing to score.
@@ -83,37 +102,56 @@ def evaluate(
             for batch in micro
         )
         if task == "classification":
-            return _classification(model, batches, device, reference)
-        return _dense(model, batches, device, source, task)
+            found = _classification(model, batches, device, reference, is_correct)
+        else:
+            found = _dense(model, batches, device, source, task)
+    return found if found.of_set is None else replace(found, sets=tuple(getattr(data, "names", ())))
 
 
-def _classification(model: nn.Module, batches: Any, device: torch.device, reference: Evaluation | None) -> Evaluation:
-    logits, labels = [], []
+def _classification(
+    model: nn.Module,
+    batches: Any,
+    device: torch.device,
+    reference: Evaluation | None,
+    is_correct: Callable[[Tensor, Tensor], Tensor],
+) -> Evaluation:
+    logits, labels, tasks = [], [], []
     for batch in batches:
-        logits.append(find_logits(call(eager(model), batch.to(device).inputs)).float().cpu())
+        logits.append(find_logits(call(eager(model), batch.to(device).inputs, task=batch.task)).float().cpu())
         if batch.labels is not None:
             labels.append(batch.labels)
+        if batch.task is not None:
+            tasks.append(batch.task)
     scores, truth = torch.cat(logits), torch.cat(labels) if labels else None
+    of_set = torch.cat(tasks) if tasks else None
     if truth is not None and (truth == IGNORE).all():
         truth = None
     known = slice(None) if truth is None else truth != IGNORE
     scores, truth = scores[known], None if truth is None else truth[known]
+    of_set = None if of_set is None else of_set[known]
     values = {}
     if truth is not None:
-        values = {"accuracy": correct(scores, truth), "nll": negative_log_likelihood(scores, truth)}
+        values = {"accuracy": is_correct(scores, truth).float()}
+        if is_correct is correct or bool((values["accuracy"] == (scores.argmax(1) == truth)).all()):
+            values["nll"] = negative_log_likelihood(scores, truth)
+        else:  # classes are matched, or unseen: the logit of a label's number is not that label's
+            return Evaluation(values, of_set=of_set)
     if reference is not None and reference.logits is not None and reference.logits.shape == scores.shape:
         values["agreement"] = agreement(scores, reference.logits)
         values["kl"] = held_out_kl(scores, reference.logits)
-    return Evaluation(values, scores, truth)
+    return Evaluation(values, scores, truth, of_set=of_set)
 
 
 def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Module | None, task: str) -> Evaluation:
     """Token- or pixel-wise tasks: sums per sample, never the logits of more than one batch."""
     sums: dict[str, list[Tensor]] = {}
     counts: list[Tensor] = []
+    tasks: list[Tensor] = []
     for cpu_batch in batches:
         batch: Batch = cpu_batch.to(device)
-        logits = find_logits(call(eager(model), batch.inputs)).float()
+        logits = find_logits(call(eager(model), batch.inputs, task=batch.task)).float()
+        if batch.task is not None:
+            tasks.append(cpu_batch.task)
         positions = {} if batch.labels is None else {"nll": cross_entropy(logits, batch.labels)}
         if batch.labels is not None and task != "language-model":
             positions["accuracy"] = (classes_last(logits).argmax(-1) == batch.labels).float()
@@ -133,4 +171,5 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
         raise InputError("the held-out data has no position to score: every label or mask is empty")
     # Scaled so that the mean over samples is the mean over tokens: long samples weigh what they are.
     scale = len(count) / count.sum()
-    return Evaluation({name: torch.cat(parts) * scale for name, parts in sums.items()})
+    values = {name: torch.cat(parts) * scale for name, parts in sums.items()}
+    return Evaluation(values, of_set=torch.cat(tasks) if tasks else None, counts=count)

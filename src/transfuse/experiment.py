@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transfuse.comparison import ArmResult, ArmRun, Facts, compare
 from transfuse.core import rng
-from transfuse.core.batch import LABEL_NAMES, Batch
+from transfuse.core.batch import Batch
 from transfuse.core.card import TASKS
 from transfuse.core.catalogue import ARMS, working_with
 from transfuse.core.checkpoint import load_state, load_weights, save_state, save_weights
@@ -29,14 +29,16 @@ from transfuse.core.errors import InputError, ShapeError, StoreError, nearest
 from transfuse.core.files import file_name, make_folder, write_atomically
 from transfuse.core.method import Method
 from transfuse.core.outputs import modes_kept
-from transfuse.core.streams import Adapt, Data, Indexed, Iterated, as_data
+from transfuse.core.streams import Adapt, Data, Indexed, Iterated
 from transfuse.core.sync import sync_for
-from transfuse.core.teacher import as_teacher, gives, require
+from transfuse.core.teacher import gives, require
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
 from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
+from transfuse.given import HeldOut, read, read_held_out, read_sources, read_streams
 from transfuse.losses import IGNORE
+from transfuse.measure import correct
 from transfuse.probing import first_logits, footprint, has_labels, infer_task, reinitialised, require_fit
 from transfuse.tracking import Tracking
 
@@ -98,7 +100,7 @@ class Result:
 
 def transfer(
     method: Method,
-    source: nn.Module | Callable[..., Tensor] | None = None,
+    source: Any = None,
     target: Target | None = None,
     data: Any = None,
     **options: Any,
@@ -107,11 +109,13 @@ def transfer(
 
     Args:
         method: what to do, for instance `KD(temperature=4) + 0.5 * Hints("layer2", "layer3")`.
-        source: the teacher: a model, or any function from inputs to logits. It stays bit-identical.
+        source: what knows: a model, any function from inputs to logits, or a list or dict of several; for methods
+            that learn from another domain, its labelled data. It stays bit-identical.
         target: the student: a model, or a function that builds one (then every seed has its own initial weights).
             Yours is not changed; the trained copy is `result.model`.
         data: what is trained on: a data set, tensors, a DataLoader, a list of batches or a function that returns
-            an iterator; `(inputs, labels)`, mappings and unlabelled tensors all work. Or a dict of several by name.
+            an iterator; `(inputs, labels)`, mappings and unlabelled tensors all work. Or several: a dict by name,
+            or a list of data sets in order (tasks, clients). None for methods that need no data.
         options: as for :class:`Transfer`: `validate`, `test`, `compare`, `seeds`, `out`, ..., and everything
             that :class:`~transfuse.core.training.Training` takes: `epochs`, `batch_size`, `lr`, ...
 
@@ -127,10 +131,11 @@ class Transfer:
     Args:
         method, source, target, data: as for :func:`transfer`.
         validate: held-out data for learning curves and for choosing; also for the report where `test` is not given.
-        test: held-out data for the report.
+        test: held-out data for the report. It may be several sets, as a dict or a list: tasks, clients, domains.
         compare: arms to train under the same budget and seeds: `"scratch"` (the target with new initial weights,
             labels only), `"finetune"` (the target as given, labels only), `"shuffled teacher"` (the method, every
-            sample taught with another sample's outputs), or methods.
+            sample taught with another sample's outputs), `"shuffled source"` (the method, every source sample with
+            another sample's label), or methods.
         seeds: each arm is trained once per seed.
         task: `"classification"`, `"language-model"`, `"token-classification"` or `"segmentation"`; found out from
             one batch by default.
@@ -151,7 +156,7 @@ class Transfer:
     def __init__(
         self,
         method: Method,
-        source: nn.Module | Callable[..., Tensor] | None = None,
+        source: Any = None,
         target: Target | None = None,
         data: Any = None,
         *,
@@ -176,8 +181,6 @@ class Transfer:
             raise InputError(f"method is a {type(method).__name__}: expected a method, for instance KD()")
         if target is None:
             raise InputError("a transfer needs a target: pass target=model, or a function that builds one")
-        if data is None:
-            raise InputError("a transfer needs data: pass data=...")
         if not isinstance(seeds, Sequence) or not seeds or not all(isinstance(s, int) for s in seeds):
             raise InputError(f"seeds are {seeds!r}: expected a list of whole numbers")
         if len(set(seeds)) < len(seeds):
@@ -187,22 +190,18 @@ class Transfer:
         if task is not None and task not in TASKS:
             raise InputError(f"unknown task {task!r}: {nearest(task, TASKS)}")
         self.method, self.target = method, target
-        self.source = None if source is None else as_teacher(source)
-        if self.source is None and method.uses_source:
-            raise InputError(f"{method!r} needs a source: pass source=teacher")
-        if self.source is target:
+        self.data = read_streams(data, adapt, collate)
+        self.sources: dict[str, nn.Module] = {}
+        if _from_data(method):
+            if source is None:
+                raise InputError(f"{method!r} learns from labelled data of another domain: pass it as source=...")
+            self.data["source"] = read("source", None, source, adapt, collate)
+        else:
+            self.sources = read_sources(source)
+        if any(model is target for model in self.sources.values()):
             raise InputError("source and target are the same object: pass copy.deepcopy(source) as the target")
-        streams = data if isinstance(data, dict) and not _is_tensors(data) else {"data": data}
-
-        def read(what: str, value: Any) -> Data:
-            try:
-                return as_data(value, adapt, collate)
-            except InputError as error:
-                raise InputError(f"{what}: {error}") from error
-
-        self.data = {stream: read(stream, value) for stream, value in streams.items()}
-        self.validate = None if validate is None else read("validate", validate)
-        self.test = self.validate if test is None else read("test", test)
+        self.validate = read_held_out("validate", validate, adapt, collate)
+        self.test = self.validate if test is None else read_held_out("test", test, adapt, collate)
         known = {f for f in Training.__dataclass_fields__ if f != "seed"}
         own = {p.name for p in inspect.signature(Transfer).parameters.values() if p.kind is p.KEYWORD_ONLY}
         for option in training:
@@ -214,6 +213,8 @@ class Transfer:
         self.sync = sync_for(device)
         self._listeners: tuple[Listener, ...] = () if listener is None else (listener,)
         self.arms = [Arm(repr(method), "method", method), *(self._arm(entry) for entry in compare)]
+        for arm in self.arms:
+            self._require_given(arm)
         if len({arm.folder for arm in self.arms}) < len(self.arms):
             raise InputError(f"two arms have the same name: {', '.join(arm.name for arm in self.arms)}")
         once = [name for name, found in self.data.items() if isinstance(found, Iterated) and found.once]
@@ -256,7 +257,7 @@ class Transfer:
             raise InputError("this transfer has run already: make a new one, or call run(resume=True) on a new one")
         self._used = True
         self._claim_folder(resume)
-        with modes_kept(*(() if self.source is None else (self.source,))):
+        with modes_kept(*self.sources.values()):
             sample = self.first_pass()
             self._check_data()
             reference = self._measure_source()
@@ -292,23 +293,28 @@ class Transfer:
             ShapeError: a model cannot run on the data; the message has the shapes and the model's own words.
             CapabilityError: the source cannot give what a method needs.
         """
-        sample = next(iter(self.data.values())).sample(min(self.training.batch_size, 8))
+        streams = [*self.data.values(), *(data for data in (self.test, self.validate) if data is not None)]
+        sample = streams[0].sample(min(self.training.batch_size, 8)) if streams else None
         if sample is None:
-            raise InputError("the first data has nothing to read")
-        logits, target = None, self.build_target(self.seeds[0])
-        for role, model in (("source", self.source), ("target", target)):
-            if model is not None:
-                logits = first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
-        assert logits is not None
+            raise InputError("there is nothing to read: pass data, or held-out data as test=... or validate=...")
+        target = self.build_target(self.seeds[0])
+        for role, model in self.sources.items():
+            first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
+        logits = first_logits("target", target.to(self.sync.device), sample.to(self.sync.device))
         self._task, self._classes = self._task or infer_task(sample, logits), logits.shape[1]
         for what, data in (("validate", self.validate), ("test", self.test)):
             held_out = None if data is None else data.sample(8)
-            if held_out is not None:
+            if held_out is not None and not self.method.brings_head:
                 require_fit(what, target, held_out.to(self.sync.device), self._task)
         for arm in self.arms:
             if self.source is not None and arm.method.uses_source:
                 _require(arm.method, self.source)
-        if self.classes is not None and self.task == "classification" and logits.shape[1] != len(self.classes):
+        if (
+            self.classes is not None
+            and self.task == "classification"
+            and not self.method.brings_head
+            and logits.shape[1] != len(self.classes)
+        ):
             raise ShapeError(f"the target has {logits.shape[1]} classes, {len(self.classes)} class names were given")
         return sample
 
@@ -328,19 +334,43 @@ class Transfer:
             model = copy.deepcopy(self.target)
             return reinitialised(model) if fresh else model
 
+    @property
+    def source(self) -> nn.Module | None:
+        """The first source model: what agreement and held-out divergence are measured against."""
+        return next(iter(self.sources.values()), None)
+
     def _arm(self, entry: str | Method) -> Arm:
         if isinstance(entry, Method):
-            return Arm(repr(entry), "method (compared)", entry)
+            return Arm(repr(entry), "baseline" if _is_control(entry) else "method (compared)", entry)
         if not isinstance(entry, str):
             raise InputError(f"compare holds {entry!r}: expected names of arms, or methods")
         name = entry.replace("_", " ").replace("-", " ").lower()
         if name in ("shuffled teacher", "shuffled"):
-            if not self.method.uses_source:
+            if not self.sources or not self.method.uses_source:
                 raise InputError(f"{self.method!r} has no teacher to shuffle")
             return Arm("shuffled teacher", "control", self.method, shuffled=True)
+        if name == "shuffled source":
+            if not _from_data(self.method):
+                raise InputError(f"{self.method!r} has no source data whose labels could be shuffled")
+            return Arm(name, "control", self.method, shuffled=True)
         if name in ("scratch", "finetune"):
             return Arm(name, "baseline", Labels(), fresh=name == "scratch", labelled_only=True)
         raise InputError(f"no arm is called {entry!r}: {nearest(entry, ARMS)} A method can be given as well")
+
+    def _require_given(self, arm: Arm) -> None:
+        """Every arm has the source and the data that it needs."""
+        method = arm.method
+        if _from_data(method):
+            if "source" not in self.data:
+                raise InputError(f"{method!r} learns from labelled source data, which {self.method!r} has none of")
+        elif method.uses_source and not self.sources:
+            raise InputError(f"{method!r} needs a source: pass source=teacher")
+        if method.needs_data and not self.data.keys() - {"source"}:
+            raise InputError(
+                "a transfer needs data: pass data=..."
+                if arm.role == "method"
+                else f"the arm {arm.name!r} needs data to learn from, and this transfer has none: leave it out"
+            )
 
     def _all_data(self) -> dict[str, Data | None]:
         return {**self.data, "validate": self.validate, "test": self.test}
@@ -349,12 +379,12 @@ class Transfer:
         """Labels that do not fit, or that teach nothing, where reading them costs nothing."""
         for name, data in self._all_data().items():
             labels = data.tensors.get("labels") if isinstance(data, Indexed) and data.tensors else None
-            if labels is None or self.task != "classification":
+            if labels is None or self.task != "classification" or self.method.brings_head:
                 continue
             assert isinstance(data, Indexed)
             found = (labels if data.root is None else labels[data.root]).unique()
             found = found[found != IGNORE]
-            if len(found) == 1:
+            if len(found) == 1 and len(self.data) == 1:
                 raise InputError(f"every label of {name!r} is {int(found[0])}: one class alone cannot be learned")
             if len(found) and (found[0] < 0 or found[-1] >= self._classes):
                 raise InputError(
@@ -369,7 +399,7 @@ class Transfer:
         for arm in self.arms:
             result = ArmResult(arm.name, arm.role)
             for seed in self.seeds:
-                trained, run = self._train(arm, seed, resume, reference)
+                trained, run = self._train(arm, seed, resume, reference, needed=model is None)
                 result.runs.append(run)
                 model = trained if model is None else model
             results.append(result)
@@ -394,44 +424,66 @@ class Transfer:
         for listener in self._listeners:
             listener(arm, seed, trainer, record)
 
-    def _train(self, arm: Arm, seed: int, resume: bool, reference: Evaluation | None) -> tuple[nn.Module, ArmRun]:
+    def _train(
+        self, arm: Arm, seed: int, resume: bool, reference: Evaluation | None, needed: bool
+    ) -> tuple[nn.Module | None, ArmRun]:
+        """One arm with one seed, trained, or read where it was finished before; the model only where it is needed."""
         folder = self.out / "arms" / arm.folder / f"seed-{seed}" if self.out else None
+        target = self.build_target(seed, arm.fresh)
         if resume and folder and (folder / "run.safetensors").exists():
-            model = self.build_target(seed)
             try:
-                load_weights(folder / "model.safetensors", model)
                 state = load_state(folder / "run.safetensors")
+                model = self._finished(arm, seed, target, folder) if needed else None
             except StoreError as error:
                 raise StoreError(f"{error}. Remove {folder} and resume, to train this one again") from error
             return model, ArmRun(**{**state, "evaluation": _evaluation(state["evaluation"])})
-        target = self.build_target(seed, arm.fresh)
         trainer = self.trainer(arm, seed, target, folder)
         began = time.monotonic()
         model = trainer.fit(resume=resume)
         seconds = time.monotonic() - began
-        measured = None if self.test is None else self._evaluate(model, self.test, reference)
-        run = ArmRun(seed, seconds, trainer.updates, trainer.history, list(trainer.watch.messages.values()), measured)
+        measured = None if self.test is None else self._evaluate(model, self.test, reference, method=trainer.method)
+        run = ArmRun(
+            seed,
+            seconds,
+            trainer.updates,
+            trainer.history,
+            list(trainer.watch.messages.values()),
+            measured,
+            trainer.stages,
+            trainer.method.panels(),
+        )
         if folder and self.sync.rank == 0:
             save_weights(folder / "model.safetensors", model)
-            state = {**vars(run), "evaluation": measured and measured.state()}
-            save_state(folder / "run.safetensors", state)
+            if model is not target:
+                save_state(folder / "trained.safetensors", trainer.state())
+            save_state(folder / "run.safetensors", {**vars(run), "evaluation": measured and measured.state()})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         self.sync.barrier()
         return model, run
+
+    def _finished(self, arm: Arm, seed: int, target: nn.Module, folder: Path) -> nn.Module:
+        """The model of a run that was finished before; what a method has built around the target is built again."""
+        if (folder / "trained.safetensors").exists():
+            return self.trainer(arm, seed, target).restore(load_state(folder / "trained.safetensors"))
+        load_weights(folder / "model.safetensors", target)
+        return target
 
     def trainer(self, arm: Arm, seed: int, target: nn.Module, folder: Path | None = None) -> Trainer:
         """The trainer of one arm with one seed."""
         data, training = self.data, replace(self.training, seed=seed)
         if arm.labelled_only:
             data, training = self._labelled(training)
+        if arm.shuffled and "source" in data:
+            data = {**data, "source": data["source"].shuffled_labels(seed)}
         roles = {"target": target}
-        if self.source is not None and arm.method.uses_source:
-            roles["source"] = self.source
+        if arm.method.uses_source:
+            roles |= copy.deepcopy(self.sources) if arm.method.moves_source else self.sources
         if folder:
             folder = folder / "checkpoints"
             make_folder(folder)
+        method = copy.deepcopy(arm.method)
         return Trainer(
-            copy.deepcopy(arm.method),
+            method,
             roles,
             data,
             training,
@@ -440,20 +492,26 @@ class Transfer:
             higher_is_better=self._validation_metric is None or HIGHER_IS_BETTER[self._validation_metric],
             sync=self.sync,
             task=self.task,
-            shuffled=arm.shuffled,
+            shuffled=arm.shuffled and bool(self.sources),
+            score_stage=partial(self._score_stage, method) if method.scored_by_stage and self.test else None,
             listener=partial(self._tell, arm.name, seed),
         )
 
     def _labelled(self, training: Training) -> tuple[dict[str, Data], Training]:
         """Only the samples with labels, for as many updates as the method has."""
-        name, data = next(iter(self.data.items()))
+        data = next((self.data[name] for name in ("source", "labelled", "data") if name in self.data), None)
+        if data is None:
+            raise InputError(
+                f"'scratch' and 'finetune' learn from one data set, these are several: {', '.join(self.data)}. "
+                "Compare with a method of the same family instead"
+            )
         if self.task != "classification" or not isinstance(data, Indexed):
-            return {name: data}, training
+            return {"data": data}, training
         labelled = data.labelled()
         steps = training.steps or max(1, round((training.epochs or 0) * data.updates(training.batch_size)))
         size = min(training.batch_size, labelled.size)
         every = training.validate_every or data.updates(training.batch_size)
-        return {name: labelled}, replace(training, epochs=None, steps=steps, batch_size=size, validate_every=every)
+        return {"data": labelled}, replace(training, epochs=None, steps=steps, batch_size=size, validate_every=every)
 
     @cached_property
     def _validation_metric(self) -> str | None:
@@ -473,13 +531,29 @@ class Transfer:
     # Measuring -------------------------------------------------------------------------------------------------
 
     def _evaluate(
-        self, model: nn.Module, data: Data, reference: Evaluation | None, compared: bool = True
+        self,
+        model: nn.Module,
+        data: Data,
+        reference: Evaluation | None,
+        compared: bool = True,
+        method: Method | None = None,
     ) -> Evaluation:
         """Measure a model; in classification against the source's own evaluation, else batch by batch against it."""
-        source = self.source if compared and self.task != "classification" else None
         return evaluate(
-            model, data, task=self.task, batch_size=self.training.batch_size, source=source, reference=reference
+            model,
+            data,
+            task=self.task,
+            batch_size=self.training.batch_size,
+            source=self.source if compared and self.task != "classification" else None,
+            reference=reference,
+            is_correct=correct if method is None or _is_top1(method) else method.correct,
         )
+
+    def _score_stage(self, method: Method, model: nn.Module) -> dict[str, float]:
+        """The metric on every held-out set, of the model that a method would deploy after a stage."""
+        assert self.test is not None
+        found = self._evaluate(model, self.test, None, compared=False, method=method)
+        return found.by_set(self.metric) or {"test": found.metrics[self.metric]}
 
     def _reference(self, data: Data | None) -> Evaluation | None:
         if self.source is None or data is None:
@@ -487,8 +561,8 @@ class Transfer:
         return evaluate(self.source, data, task=self.task, batch_size=self.training.batch_size)
 
     def _measure_source(self) -> Evaluation | None:
-        if self.source is not None:
-            self.source.to(self.sync.device)
+        for model in self.sources.values():
+            model.to(self.sync.device)
         return self._reference(self.test)
 
     def _facts(self, sample: Batch, reference: Evaluation | None, model: nn.Module) -> Facts:
@@ -505,12 +579,17 @@ class Transfer:
             method=repr(self.method),
             task=self.task,
             metric=self.metric,
-            source=None if self.source is None else (type(self.source).__name__, reference),
+            source=self._named_source(reference),
             classes=classes,
             cost=footprints,
             recipe=self.recipe,
             warnings=self._notes(),
         )
+
+    def _named_source(self, reference: Evaluation | None) -> tuple[str, Evaluation | None] | None:
+        if self.sources:
+            return ", ".join(type(model).__name__ for model in self.sources.values()), reference
+        return ("labelled data", None) if "source" in self.data else None
 
     def _notes(self) -> list[str]:
         notes = []
@@ -536,8 +615,10 @@ class Transfer:
                 "arms": [arm.name for arm in self.arms],
                 "seeds": self.seeds,
                 "recipe": self.recipe,
-                "samples": {name: data.size for name, data in self._all_data().items() if isinstance(data, Indexed)},
-                "source": None if self.source is None else sum(fingerprint(self.source).values()),
+                "samples": {
+                    name: data.size for name, data in self._all_data().items() if isinstance(data, Indexed | HeldOut)
+                },
+                "source": [sum(fingerprint(model).values()) for model in self.sources.values()],
             }
             mine, claim = json.dumps(described, default=str), self.out / "transfer.json"
             if claim.exists() and not resume:
@@ -554,7 +635,7 @@ class Transfer:
         plain = {k: v if isinstance(v, str | int | float | bool | None) else repr(v) for k, v in training.items()}
         return {
             "method": repr(self.method),
-            "source": None if self.source is None else type(self.source).__name__,
+            "source": (self._named_source(None) or (None,))[0],
             "target": type(self.target).__name__
             if isinstance(self.target, nn.Module)
             else getattr(self.target, "__qualname__", type(self.target).__name__),
@@ -574,11 +655,18 @@ def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:
     return None if state is None else Evaluation(**state)
 
 
-def _is_tensors(value: Mapping[str, Any]) -> bool:
-    """Whether a mapping is one data set, and not several by their names."""
-    if not all(isinstance(v, Tensor | Mapping) for v in value.values()):
-        return False
-    return any(key in value for key in ("inputs", "input_ids", *LABEL_NAMES))
+def _from_data(method: Method) -> bool:
+    """Whether a method's source is a labelled data set."""
+    return any(part.card.teacher == "data" for part in method.parts)
+
+
+def _is_control(method: Method) -> bool:
+    return all(part.card.control for part in method.parts)
+
+
+def _is_top1(method: Method) -> bool:
+    """Whether a sample is answered correctly when the label's logit is the largest, and every label has one."""
+    return type(method).correct is Method.correct and not method.brings_head
 
 
 def _read_json(path: Path) -> Any:

@@ -30,7 +30,7 @@ FAMILIES = (
     "search",
     "measure",
 )
-ARMS = ("scratch", "finetune", "shuffled teacher")
+ARMS = ("scratch", "finetune", "shuffled teacher", "shuffled source")
 """The arms that every comparison can name, besides methods."""
 PACKAGE = Path(__file__).parent.parent
 

@@ -28,6 +28,12 @@ class Several(Method):
         self.units = {k: v for m in self.methods for k, v in m.units.items()}
         self.keeps = tuple({k for m in self.methods for k in m.keeps})
         self.uses_source = any(m.uses_source for m in self.methods)
+        self.needs_data = any(m.needs_data for m in self.methods)
+        self.moves_source = any(m.moves_source for m in self.methods)
+        self.scored_by_stage = any(m.scored_by_stage for m in self.methods)
+        self.brings_head = any(m.brings_head for m in self.methods)
+        self.select = next((m.select for m in self.methods if m.select), None)
+        self.one_process = next((m.one_process for m in self.methods if m.one_process), None)
 
     @property
     def parts(self) -> list[Method]:
@@ -39,6 +45,9 @@ class Several(Method):
     def setup(self, run: Run, sample: Batch | None) -> None:
         for method in self.methods:
             method.setup(run, sample)
+
+    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.methods[-1].correct(logits, labels)
 
     def deploy(self, target: nn.Module) -> nn.Module:
         for method in self.methods:

@@ -46,6 +46,8 @@ class Method(nn.Module):
     """Whether sources are trained as well; every arm and seed then has copies of its own."""
     scored_by_stage: bool = False
     """Whether held-out data is scored after every stage: tasks of a stream, rounds of bought labels."""
+    brings_head: bool = False
+    """Whether predictions come from an output layer of the method's own, so that the target's may not fit labels."""
     select: str | None = None
     """How validation data is scored; None is the task's own metric. What needs no labels cannot leak them."""
     one_process: str | None = None
@@ -86,6 +88,10 @@ class Method(nn.Module):
     def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Whether each held-out sample is answered correctly, `(samples,)`; what accuracy is the mean of."""
         return logits.argmax(-1) == labels
+
+    def panels(self) -> list[dict[str, Any]]:
+        """What the report shows of the method itself after training, see :class:`transfuse.report.schema.Panel`."""
+        return []
 
     @property
     def parts(self) -> list[Method]:

@@ -88,7 +88,7 @@ def eager(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = None) -> Any:
+def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = None, task: Tensor | None = None) -> Any:
     """Call a model the way its inputs ask for: `model(**inputs)` for a mapping, else `model(inputs)`.
 
     A mapping with a single entry whose name `forward` does not know is passed by position, so that
@@ -96,6 +96,7 @@ def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = No
 
     Args:
         params: parameters and buffers to use in the place of the model's own.
+        task: `(batch,)`, the same for all; told, as a number, to a model whose `forward` has a parameter `task`.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -105,6 +106,8 @@ def call(model: nn.Module, inputs: Any, params: Mapping[str, Tensor] | None = No
         args = tuple(inputs.values())
     else:
         kwargs = dict(inputs)
+    if task is not None and "task" in inspect.signature(type(model).forward).parameters:
+        kwargs["task"] = int(task[0])
     return model(*args, **kwargs) if params is None else functional_call(model, dict(params), args, kwargs)
 
 

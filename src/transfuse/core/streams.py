@@ -8,6 +8,7 @@ so the number of processes changes nothing a model sees.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -42,6 +43,14 @@ class Data:
     def sample(self, size: int) -> Batch | None:
         """One real batch of at most `size` samples for setting up; None where there is nothing to read."""
         raise NotImplementedError
+
+    def shuffled_labels(self, seed: int) -> Data:
+        """The same samples with their labels shuffled.
+
+        Raises:
+            InputError: they cannot be read by number.
+        """
+        raise InputError("labels can be shuffled only where samples are read by number: pass a data set, not a loader")
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Indexed(Data):
 
     def __init__(self, dataset: Any, adapt: Adapt | None = None, collate: Callable[[list[Any]], Any] | None = None):
         self.root: Tensor | None = None
+        self.relabelled: Tensor | None = None
+        """Labels, by position, that take the place of the data set's own."""
         while isinstance(dataset, Subset):
             ids = torch.as_tensor(dataset.indices)
             self.root = ids if self.root is None else ids[self.root]
@@ -105,6 +116,8 @@ class Indexed(Data):
         else:
             batch = self._collated([self.dataset[i] for i in ids.tolist()])
         batch.setdefault("index", ids)
+        if self.relabelled is not None:
+            batch["labels"] = self.relabelled[rows]
         return batch
 
     def epoch(self, draw: Draw, start: int) -> Iterator[list[Batch]]:
@@ -146,6 +159,14 @@ class Indexed(Data):
         return Indexed(
             Subset(self._root_dataset(), (torch.arange(self.size)[known]).tolist()), self.adapt, self.collate
         )
+
+    def shuffled_labels(self, seed: int) -> Indexed:
+        """The same samples, each with the label of another one: a control that has a source, but no knowledge."""
+        labels = self._labels()
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(rng.derive(seed, "shuffled labels")))
+        other = copy.copy(self)
+        other.relabelled = labels[order]
+        return other
 
     def _root_dataset(self) -> Any:
         return self.dataset if self.root is None else Subset(self.dataset, self.root.tolist())

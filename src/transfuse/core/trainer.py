@@ -24,7 +24,7 @@ from transfuse.core.batch import Batch, line_up
 from transfuse.core.checkpoint import Checkpoints
 from transfuse.core.clock import Clock
 from transfuse.core.curve import RECORDS, Curve
-from transfuse.core.errors import DivergenceError, InputError, StoreError, TransferError
+from transfuse.core.errors import DivergenceError, InputError, MethodError, StoreError, TransferError
 from transfuse.core.interruption import Interrupted, Interruption
 from transfuse.core.method import Method
 from transfuse.core.phases import Losses, Observe, Phase, Stage
@@ -54,6 +54,10 @@ class Trainer:
         task: `"classification"`, `"language-model"`, `"token-classification"`, `"segmentation"`.
         shuffled: give every sample the source's outputs for another one (the control arm).
         listener: called after each update with this trainer and, when one was made, a record of the curve.
+        score_stage: called after each stage with what the method would deploy; its scores are kept in `stages`.
+
+    Raises:
+        MethodError: the method cannot run on several processes.
     """
 
     def __init__(
@@ -70,10 +74,16 @@ class Trainer:
         task: str = "classification",
         shuffled: bool = False,
         listener: Callable[[Trainer, dict[str, Any] | None], None] | None = None,
+        score_stage: Callable[[nn.Module], dict[str, float]] | None = None,
     ):
         self.method, self.training, self.validate, self.listener = method, training, validate, listener
-        self.higher_is_better = higher_is_better
+        self.higher_is_better, self.score_stage = higher_is_better, score_stage
         self.sync = sync or Sync()
+        if self.sync.world > 1 and method.one_process:
+            raise MethodError(
+                f"{type(method).__name__} cannot run on {self.sync.world} processes: {method.one_process}. "
+                "Start it without a launcher"
+            )
         self.run = Run(
             roles,
             data,
@@ -89,6 +99,8 @@ class Trainer:
         self.curve, self.watch = Curve(), Watch()
         self.updates = 0
         """Updates done over all stages."""
+        self.stages: list[dict[str, float]] = []
+        """Scores after each stage, where `score_stage` was given."""
         self.average: AveragedModel | None = None
         self._number, self._opened, self._used = 0, False, False
         self._stage: Stage
@@ -150,6 +162,26 @@ class Trainer:
                     optimizer.zero_grad()
         if self.average:
             self.run["target"].load_state_dict(self.average.module.state_dict())
+        return self.method.deploy(self.run["target"])
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs to give back what `fit` has returned."""
+        return {"target": self.run["target"].state_dict(), "method": self.method.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> nn.Module:
+        """What a finished run of this trainer returned, from its :meth:`state`, without training again.
+
+        Raises:
+            StoreError: the state is that of other models.
+        """
+        with rng.scope(self.training.seed):
+            self._start(False)
+            self.run.remove_taps()
+        try:
+            self.run["target"].load_state_dict(state["target"])
+            self.method.load_state_dict(state["method"])
+        except RuntimeError as error:
+            raise StoreError(f"what was saved does not fit these models: {error}") from None
         return self.method.deploy(self.run["target"])
 
     # Stages ----------------------------------------------------------------------------------------------------
@@ -234,6 +266,9 @@ class Trainer:
             self.target.load_state_dict(self._best["state"])
         self._best = None
         self._frozen.check(self._moving)
+        if self.score_stage:
+            with self.run.probe(), torch.no_grad():
+                self.stages.append(self.score_stage(self.method.deploy(self.target)))
         self._number, self._opened = self._number + 1, False
         self.run.clock = Clock(self._number)
         self._save()
@@ -430,6 +465,7 @@ class Trainer:
             "number": self._number,
             "opened": self._opened,
             "updates": self.updates,
+            "stages": self.stages,
             "step": self.clock.step,
             "curve": self.curve.state_dict(),
             "watch": self.watch.state_dict(),
@@ -464,7 +500,7 @@ class Trainer:
         self.curve.load_state_dict(shared["curve"])
         self.watch.load_state_dict(shared["watch"])
         self._moving, self._best, self.updates = set(shared["moving"]), shared["best"], shared["updates"]
-        self._number, self._opened = shared["number"], shared["opened"]
+        self._number, self._opened, self.stages = shared["number"], shared["opened"], list(shared["stages"])
         if self._opened:
             self.run.clock = Clock(self._number, shared["step"])
             self._pending = {**shared, **own}
