@@ -28,10 +28,12 @@ class Phase:
     """Which parameters move, on which loss, how often per step.
 
     Args:
-        name: unique in its stage; optimiser state is kept under it.
+        name: unique in its stage.
         loss: `loss(batches, run) -> {term name: Term}` for one micro-batch.
         params: parameters, or optimiser groups (dicts with `params` and their own `lr`, ...).
         optim: makes the optimiser from the groups; None takes the one the caller asked for.
+        optimizer: name of the optimiser. Phases that move the same parameters and give it the same name share one,
+            with its state: a network that is taught now by one phase, now by another. None takes the phase's name.
         times: repetitions per step, on the same batches; `run.rep` tells which.
         schedule: factor of every group's learning rate; None takes the caller's.
         edit: changes gradients in place, or returns new ones, between backward and clipping.
@@ -49,13 +51,14 @@ class Phase:
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         optim: Callable[[Groups], Optimizer] | None = None,
         *,
+        optimizer: str | None = None,
         times: int = 1,
         schedule: Schedule | None = None,
         edit: Callable[[Gradients, Run], Gradients | None] | None = None,
         combine: Callable[[dict[str, list[Tensor]], Run], Sequence[Tensor]] | None = None,
         shared: Iterable[nn.Parameter] = (),
     ):
-        self.name, self.loss, self.optim = name, loss, optim
+        self.name, self.loss, self.optim, self.optimizer = name, loss, optim, optimizer or name
         self.times, self.schedule, self.edit, self.combine = times, schedule, edit, combine
         self.groups = _groups(params)
         self.params: list[nn.Parameter] = [p for group in self.groups for p in group["params"]]
@@ -107,6 +110,14 @@ class Stage:
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise MethodError(f"the phases of a stage need different names, found {', '.join(names)}")
+        shared: dict[str, Phase] = {}
+        for phase in self.trained:
+            first = shared.setdefault(phase.optimizer, phase)
+            if set(first.params) != set(phase.params):
+                raise MethodError(
+                    f"the phases {first.name!r} and {phase.name!r} share the optimiser {phase.optimizer!r} but not "
+                    "their parameters: give each an optimiser of its own, or both the same parameters"
+                )
 
     @property
     def trained(self) -> list[Phase]:

@@ -81,6 +81,7 @@ class Run:
         params: Mapping[str, Tensor] | None = None,
         swap: Swap | None = None,
         until: str | None = None,
+        own: bool = False,
     ) -> Outputs:
         """Run a model on a batch, with autocast, taps, and buffers that move only while the model learns.
 
@@ -91,6 +92,7 @@ class Run:
             params: parameters and buffers to use in the place of the model's own, by name.
             swap: activations to put in the place of tapped ones.
             until: stop after this tap; the outputs then have no logits.
+            own: a source runs for a loss of its own, not to teach: the control arm leaves its outputs in order.
         """
         model = self[role]
         if role not in self._taps:
@@ -109,7 +111,18 @@ class Run:
             except Stopped:
                 raw = None
         outputs = Outputs(raw, Features({name: _full_precision(value) for name, value in features.items()}))
-        return self._shuffle(outputs) if self.shuffled and role in self.sources else outputs
+        return self._shuffle(outputs) if self.shuffled and role in self.sources and not own else outputs
+
+    def shown(self, role: str, outputs: Outputs) -> Outputs:
+        """What a network that learns shows to others: its outputs without a graph; in the control arm a source's
+        are those of other samples."""
+
+        def detached(value: Any) -> Any:
+            return [detached(v) for v in value] if isinstance(value, list) else value.detach()
+
+        features = Features({name: detached(value) for name, value in outputs.features.items()})
+        shown = Outputs(find_logits(outputs.raw).detach(), features)
+        return self._shuffle(shown) if self.shuffled and role in self.sources else shown
 
     def install(self, wants: Mapping[str, list[str]]) -> None:
         """Declare the taps of every role; each is put in place when the role sees its first batch."""

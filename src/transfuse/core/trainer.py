@@ -48,7 +48,7 @@ class Trainer:
         data: data by name, as the method's stages call it.
         training: how long and how.
         folder: where checkpoints go; None writes none.
-        validate: scores the target, for curves and `keep="best"`.
+        validate: scores what the method would deploy, for curves and `keep="best"`.
         higher_is_better: which way the score points.
         sync: how processes agree; pass `Sync()` for a trainer inside another.
         task: `"classification"`, `"language-model"`, `"token-classification"`, `"segmentation"`.
@@ -122,7 +122,7 @@ class Trainer:
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each phase's first group at its last update."""
+        """The learning rate of each optimiser's first group at its last update."""
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self._optimizers.items()}
 
     @property
@@ -220,12 +220,16 @@ class Trainer:
         self._moving |= set(self.method.keeps) | {r for p in stage.trained for r in self.run.roles_of(p)}
         self.run.set_modes(set(stage.train))
         self._cursors = {name: self._cursor(name, s) for name, s in stage.streams.items()}
-        self._optimizers = {p.name: (p.optim or self.training.make_optimizer)(p.groups) for p in stage.trained}
+        self._optimizers = {}
+        for phase in stage.trained:
+            if phase.optimizer not in self._optimizers:
+                self._optimizers[phase.optimizer] = (phase.optim or self.training.make_optimizer)(phase.groups)
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
         self._set_length(stage)
         if resumed is None:
+            self.watch.enter_stage()
             self._save()
         else:
             self._load_stage(resumed)
@@ -277,7 +281,7 @@ class Trainer:
 
     def _update(self, phase: Phase, micro: list[dict[str, Batch]], local: dict[str, float]) -> None:
         """Many micro-batches, one step of the phase's optimiser."""
-        optimizer, step = self._optimizers[phase.name], self.clock.step
+        optimizer, step = self._optimizers[phase.optimizer], self.clock.step
         optimizer.zero_grad()
         update = Update(phase, local, self._totals(local), self.sync, self.scaler)
         norms: dict[str, float] | None = None
@@ -303,12 +307,16 @@ class Trainer:
         if step < FIRST and not self.method.continues:
             self.watch.untaught(phase, self._names, update.terms, step)
         if self.training.clip:
-            torch.nn.utils.clip_grad_norm_(phase.params, self.training.clip)
+            # Networks that learn side by side have losses of their own: one must not shorten the other's gradient.
+            together = len(self.run.roles_of(phase)) < 2
+            for params in [phase.params] if together else [group["params"] for group in phase.groups]:
+                torch.nn.utils.clip_grad_norm_(params, self.training.clip)
         factor = (phase.schedule or self.schedule)(self.clock)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if any(p.grad is not None for p in phase.params):  # a phase may find nobody to teach in an update
+            self.scaler.step(optimizer)
+            self.scaler.update()
         self.method.after_update(phase, values, self.run)
 
     def _require_something(self, phase: Phase, values: dict[str, Tensor]) -> None:
@@ -345,7 +353,7 @@ class Trainer:
         self.watch.values(phase, numbers, weights)
         if norms is not None:
             self.watch.shares(phase, norms, weights, self.clock.step)
-        prefix = "" if len(self._optimizers) == 1 else phase.name + "/"
+        prefix = "" if len(self._stage.trained) == 1 else phase.name + "/"
         self.curve.note(*({prefix + name: v for name, v in d.items()} for d in (numbers, weights, norms or {})))
 
     def _diverged(self, phase: Phase, broken: list[str], micro: list[dict[str, Batch]]) -> None:
@@ -357,7 +365,7 @@ class Trainer:
             raise DivergenceError(
                 f"the data holds values that are not finite: {found}; so {what} {where}. Clean the data.{after}"
             )
-        rate = self._optimizers[phase.name].param_groups[0]["lr"]
+        rate = self._optimizers[phase.optimizer].param_groups[0]["lr"]
         raise DivergenceError(
             f"the loss {what} {where}. Lower the learning rate (now {rate:.2g}), or clip gradients with clip=1.0."
             + after
@@ -425,7 +433,7 @@ class Trainer:
         assert self.validate is not None
         self._agree_buffers()
         with rng.scope(0), torch.no_grad():
-            score = float(self.validate(self.target))
+            score = float(self.validate(self.method.deploy(self.target)))
         self.run.set_modes(set(self._stage.train))
         if self._stage.keep == "best" and (self._best is None or self._improves(score, self._best["score"])):
             state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}

@@ -30,7 +30,8 @@ class Training:
         lr, weight_decay, momentum: the optimiser's; momentum is SGD's.
         schedule: `"cosine"`, `"linear"`, `"constant"`, or a `Schedule`: factor of the learning rate.
         warmup: updates over which the learning rate rises from 0.
-        clip: largest norm of a phase's gradient; None does not clip.
+        clip: largest norm of a phase's gradient, or of each group's where a phase trains several models; None does
+            not clip.
         ema: decay of an exponential moving average of the target's weights, which is then what is validated and
             returned; None for none.
         precision: `"fp32"`, `"bf16"` or `"fp16"`; losses are float32 in each.

@@ -76,16 +76,20 @@ class Watch:
                     f"(now {norm / total:.2%}): raise its weight, or leave it out",
                 )
 
+    def enter_stage(self) -> None:
+        """A new stage trains what it says, so the search for untaught parameters begins anew."""
+        self._silent = {}
+
     def untaught(self, phase: Phase, names: Mapping[nn.Parameter, str], terms: Iterable[str], step: int) -> None:
-        """Look for parameters that a phase trains but that get no gradient in its first updates."""
+        """Look for parameters that get no gradient in the first updates, from no phase that shares the optimiser."""
         if step >= FIRST:
             return
         silent = {names.get(p, "?") for p in phase.params if p.grad is None}
-        self._silent[phase.name] = sorted(silent & set(self._silent[phase.name]) if step else silent)
-        if step == FIRST - 1 and (found := self._silent[phase.name]):
+        self._silent[phase.optimizer] = found = sorted(silent & set(self._silent.get(phase.optimizer, silent)))
+        if step == FIRST - 1 and found:
             shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
             self._say(
-                f"untaught: {phase.name}",
+                f"untaught: {phase.optimizer}",
                 f"{len(found)} parameter tensor(s) get no gradient from {', '.join(terms)} and stay as they are: "
                 f"{shown}. Add a method that teaches them (for instance + Labels() or + KD()), or follow with Then",
             )
