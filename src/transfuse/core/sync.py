@@ -36,6 +36,10 @@ class Sync:
         """The sum of a tensor over the processes."""
         return values
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, `(rows, ...)`, in the order of the processes."""
+        return rows
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the tensors of the first."""
 
@@ -72,6 +76,15 @@ class Distributed(Sync):
         total = values.to(self.device, copy=True)
         torch.distributed.all_reduce(total)
         return total.to(values.device)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        counts = torch.zeros(self.world, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        counts = self.sum(counts)
+        first = int(counts[: self.rank].sum())
+        whole = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+        whole[first : first + len(rows)] = rows  # each process fills its part of zeros: the sum holds all of them
+        return self.sum(whole)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
