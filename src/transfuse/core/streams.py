@@ -150,7 +150,7 @@ class Indexed(Data):
 
     def labelled(self) -> Indexed:
         """The samples that have a label, as control arms that may only use labels need them."""
-        labels = self._labels()
+        labels = self.all_labels()
         known = (labels != IGNORE).flatten(1).any(1) if labels.dim() > 1 else labels != IGNORE
         if not known.any():
             raise InputError("no sample of this data has a label, so nothing can be learned from labels alone")
@@ -171,7 +171,18 @@ class Indexed(Data):
     def _root_dataset(self) -> Any:
         return self.dataset if self.root is None else Subset(self.dataset, self.root.tolist())
 
-    def _labels(self) -> Tensor:
+    @property
+    def ids(self) -> Tensor:
+        """The `index` of every sample, in the order of the samples."""
+        ids = torch.arange(self.size) if self.root is None else self.root
+        return ids if self.tensors is None or "index" not in self.tensors else self.tensors["index"][ids]
+
+    def all_labels(self) -> Tensor:
+        """The labels of every sample, in the order of the samples.
+
+        Raises:
+            InputError: there are none.
+        """
         if self.tensors is not None:
             labels = self.tensors.get("labels")
             if labels is None:
