@@ -2,7 +2,8 @@
 
 A tap is a module path (`"layer3"`), the input of a module (`"layer3:input"`), a wildcard
 (`"blocks.*"`, a list of features), a unique suffix of a path (`"layer3"` finds `"module.layer3"`, so models
-wrapped by DDP or PEFT keep their names), or the role `"penultimate"`: the input of the last linear layer.
+wrapped by DDP or PEFT keep their names), or a role: `"penultimate"`, the input of the last linear layer, or
+`"class_maps"`, what that layer says at every position of the map it averages (see `class_maps.py`).
 Hooks exist before the first call (compiled models ignore later ones), stay silent unless opened, and are
 gone when the taps are removed.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.class_maps import CLASS_MAPS, ClassMapHead, class_maps, find_class_map_head
 from transfuse.core.errors import LayerError, nearest
 from transfuse.core.outputs import Features, call, find_logits, modes_kept
 
@@ -34,7 +36,7 @@ class Taps:
     Args:
         model: the model to read.
         names: taps as they were asked for; features come back under these names.
-        inputs: one batch of inputs, needed where the role `"penultimate"` must be traced.
+        inputs: one batch of inputs, needed where a role must be traced.
 
     Raises:
         LayerError: a name fits no layer (the nearest are named) or several.
@@ -42,20 +44,27 @@ class Taps:
 
     def __init__(self, model: nn.Module, names: Iterable[str], inputs: Any = None):
         self.paths: dict[str, list[str]] = {}
+        head: ClassMapHead | None = None
         for name in dict.fromkeys(names):
-            self.paths[name] = [trace_penultimate(model, inputs)] if name == PENULTIMATE else resolve(model, name)
+            if name == CLASS_MAPS:
+                head, self.paths[name] = find_class_map_head(model, inputs), [CLASS_MAPS]
+            else:
+                self.paths[name] = [trace_penultimate(model, inputs)] if name == PENULTIMATE else resolve(model, name)
         self._read: dict[str, Tensor] | None = None
         self._swap: dict[str, Tensor | Callable[[Tensor], Tensor]] = {}
         self._until: str | None = None
         modules = dict(model.named_modules())
         self._handles = []
-        for path in dict.fromkeys(p for paths in self.paths.values() for p in paths):
+        read = [p for paths in self.paths.values() for p in paths if p != CLASS_MAPS]
+        for path in dict.fromkeys([*read, head.features] if head else read):
             layer, _, side = path.partition(":")
             if side:
                 hook = modules[layer].register_forward_pre_hook(self._before(path), with_kwargs=True)
             else:
                 hook = modules[layer].register_forward_hook(self._after(path))
             self._handles.append(hook)
+        if head:
+            self._handles.append(modules[head.linear].register_forward_hook(self._class_maps(head)))
 
     @contextmanager
     def open(self, swap: Swap | None = None, until: str | None = None) -> Iterator[Features]:
@@ -91,6 +100,8 @@ class Taps:
             raise LayerError(
                 f"{name!r} is not among the taps this method asked for in wants(): {', '.join(self.paths)}"
             )
+        if name == CLASS_MAPS:
+            raise LayerError("class maps are computed on the side: they can be read, but not replaced or stopped at")
         if len(self.paths[name]) != 1:
             raise LayerError(f"{name!r} stands for {len(self.paths[name])} layers, one is needed here")
         return self.paths[name][0]
@@ -111,6 +122,13 @@ class Taps:
             if path == self._until:
                 raise Stopped
             return _with_tensor(output, seen) if path in self._swap else None
+
+        return hook
+
+    def _class_maps(self, head: ClassMapHead) -> Callable[..., Any]:
+        def hook(module: nn.Linear, args: Any, output: Any) -> None:
+            if self._read is not None:  # the weight at hand, be it the model's or one it was called with
+                self._read[CLASS_MAPS] = class_maps(self._read[head.features], module.weight)
 
         return hook
 
