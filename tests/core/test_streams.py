@@ -10,7 +10,6 @@ from helpers import CNN, images, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
 from transfuse.core.phases import Observe, Stage
@@ -348,12 +347,15 @@ def test_streams_with_different_numbers_of_micro_batches_are_refused():
         two_streams(micro_batch=2)
 
 
-def test_generated_data_only_says_how_long_an_epoch_is():
+def test_generated_data_only_says_how_long_an_epoch_is_and_how_many_samples_to_make():
     data = Generated(3)
     assert data.updates(64) == 3
     assert data.sample(5) is None
     assert [len(micro) for micro in data.epoch(Draw(4, 2, True, 0), 1)] == [2, 2]
-    assert next(data.epoch(Draw(4, 2, True, 0), 0))[0] == Batch()
+    one, other = next(data.epoch(Draw(5, 3, True, 0), 0))
+    assert (one.size, other.size) == (2, 3) and list(one) == ["index"]
+    shares = [next(data.epoch(Draw(5, None, True, 0, rank, 2), 0))[0].index.tolist() for rank in (0, 1)]
+    assert shares == [[0, 1], [2, 3, 4]]
 
 
 def test_seeds_differ_with_every_part_and_are_the_same_everywhere():

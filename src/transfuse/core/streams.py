@@ -265,7 +265,11 @@ class Iterated(Data):
 
 @dataclass(frozen=True)
 class Generated(Data):
-    """No data is read: the method makes its own, `length` updates an epoch."""
+    """No data is read: the method makes its own, `length` updates an epoch.
+
+    A batch holds nothing but `index`, the numbers of its samples within the update. So its size says how many samples
+    a method has to make, and terms can count them.
+    """
 
     length: int
 
@@ -273,9 +277,8 @@ class Generated(Data):
         return self.length
 
     def epoch(self, draw: Draw, start: int) -> Iterator[list[Batch]]:
-        size = len(draw.split(draw.batch_size))
         for _ in range(start, self.length):
-            yield [Batch() for _ in range(size)]
+            yield [Batch(index=torch.arange(i, j)) for i, j in draw.split(draw.batch_size)]
 
     def sample(self, size: int) -> None:
         return None
