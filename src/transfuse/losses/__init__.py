@@ -3,12 +3,14 @@
 - :mod:`~transfuse.losses.divergence`: student against teacher logits, one value per sample, token or pixel
 - :mod:`~transfuse.losses.supervised`: logits against labels, one value per label
 - :mod:`~transfuse.losses.feature`: student against teacher features, one value per sample
+- :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
 """
 
+from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
 from transfuse.losses.divergence import (
     Direction,
     jensen_shannon,
@@ -29,11 +31,13 @@ __all__ = [
     "attention_transfer",
     "classes_last",
     "cross_entropy",
+    "domain_cross_entropy",
     "jensen_shannon",
     "kl_divergence",
     "mask_from_lengths",
     "mean_squared_error",
     "next_token",
+    "reverse_gradient",
     "rkd_angle",
     "rkd_distance",
     "skew_kl",
