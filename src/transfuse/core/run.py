@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -129,6 +129,19 @@ class Run:
         for role in wants:
             self[role]
         self._wants = dict(wants)
+
+    def tap(self, role: str, names: Iterable[str]) -> None:
+        """Declare more taps of a role, in `setup`, for a method that learns their names from the model."""
+        self[role]
+        wanted = self._wants.get(role, [])
+        self._wants[role] = [*wanted, *(name for name in names if name not in wanted)]
+        if role in self._taps:
+            self._taps.pop(role).remove()
+
+    def add(self, role: str, model: nn.Module) -> None:
+        """Make a model of the method's own a role, in `setup`, so that it is run, trained and kept like any other."""
+        self.roles[role] = model
+        self._shared = self._shares_modules()
 
     def remove_taps(self) -> None:
         """Leave every model as it was found."""
