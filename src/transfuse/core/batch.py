@@ -119,7 +119,7 @@ def align_tokens(batch: Batch) -> Batch:
 
 def line_up(batch: Batch, task: str) -> Batch:
     """Make labels and mask of a batch line up with the logits, as the task says; afterwards no loss has to."""
-    if task == "language-model":
+    if task == "language-model" and batch.inputs is not None:  # generated streams hold nothing to line up
         return align_tokens(batch)
     if task == "classification" or batch.labels is None or batch.mask is not None:
         return batch

@@ -184,6 +184,10 @@ def weighted_sum(parts: Sequence[tuple[Weight, Method]]) -> Method:
         inner = zip(method.weights, method.methods, strict=True) if isinstance(method, Sum) else [(1.0, method)]
         flat += [(_times(weight, w), m) for w, m in inner]
     base = _base(flat[0][1])
+    if not hasattr(base, "loss"):
+        raise MethodError(
+            f"{type(flat[0][1]).__name__} has no loss to weigh or add to, as all of its family: use Then(...)"
+        )
     for _, method in flat:
         if _base(method) is not base:
             raise MethodError(

@@ -15,7 +15,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """While it is entered, the first request to stop sets `asked`, a second one ends the process at once.
 
-    Outside the main thread signals cannot be handled, and nothing is.
+    Outside the main thread signals cannot be handled, and nothing is. Inside another one, that of an outer trainer,
+    the outer one answers: it has the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,8 @@ class Interruption:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        outer = isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interruption)
+        if threading.current_thread() is threading.main_thread() and not outer:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask)
         return self

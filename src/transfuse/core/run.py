@@ -19,6 +19,7 @@ from transfuse.core.phases import Phase
 from transfuse.core.streams import Data
 from transfuse.core.sync import Sync
 from transfuse.core.taps import Stopped, Swap, Taps
+from transfuse.core.training import Training
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,6 +33,7 @@ class Run:
         rep: which repetition of the phase, from 0.
         data: the caller's data by name.
         task: `"classification"`, `"language-model"`, ...
+        training: what the caller asked for, for what a method trains inside a step of its own (clients, probes).
         device, rank, world: where this process runs.
     """
 
@@ -45,13 +47,15 @@ class Run:
         task: str = "classification",
         seed: int = 0,
         shuffled: bool = False,
+        training: Training | None = None,
     ):
         if precision not in PRECISIONS:
             raise InputError(f"unknown precision {precision!r}: {nearest(precision, PRECISIONS)}")
         self.roles, self.data, self.sync = dict(roles), data, sync or Sync()
         self.device, self.rank, self.world = self.sync.device, self.sync.rank, self.sync.world
         self.precision, self.task, self.seed, self.shuffled = PRECISIONS[precision], task, seed, shuffled
-        self.clock, self.rep = Clock(), 0
+        self.clock, self.rep, self.training = Clock(), 0, training
+        self.notes: dict[str, tuple[float, float]] = {}
         self.phase: Phase | None = None
         self._taps: dict[str, Taps] = {}
         self._wants: dict[str, list[str]] = {}
@@ -183,6 +187,10 @@ class Run:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
+
+    def note(self, name: str, value: float, weight: float = 0.0) -> None:
+        """Put a number of a pass without gradients into the learning curve; it adds to the loss by its weight."""
+        self.notes[name] = value, weight
 
     def shared_rng(self, *purpose: object) -> torch.Generator:
         """Random numbers that are the same in every process, for choices of structure (what to reset, whom to pick)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ class Sync:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the tensors of the first."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has, in the order of the processes; tensors should be on the CPU."""
+        return [value]
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -88,9 +93,14 @@ class Distributed(Sync):
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            whole = tensor.contiguous()
+            whole = tensor.to(self.device).contiguous()  # state that a method keeps on the CPU is sent as well
             torch.distributed.broadcast(whole, src=0)
             tensor.copy_(whole)
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         torch.distributed.barrier()

@@ -92,6 +92,7 @@ class Trainer:
             task=task,
             seed=training.seed,
             shuffled=shuffled,
+            training=training,
         )
         self.checkpoints = Checkpoints(folder) if folder else None
         self.scaler = torch.amp.GradScaler(self.run.device.type, enabled=training.precision == "fp16")
@@ -249,6 +250,8 @@ class Trainer:
                     with torch.no_grad():
                         for batches in micro:
                             phase.fn(batches, self.run)
+                    notes, self.run.notes = self.run.notes, {}
+                    self.curve.note({n: v for n, (v, _) in notes.items()}, {n: w for n, (_, w) in notes.items()}, {})
                 else:
                     for rep in range(phase.times):
                         with self.run.during(phase, rep):

@@ -36,7 +36,7 @@ class Training:
             returned; None for none.
         precision: `"fp32"`, `"bf16"` or `"fp16"`; losses are float32 in each.
         shuffle: whether the order of the data changes every epoch.
-        workers: processes that read samples; 0 reads in the training process.
+        workers: processes that read samples, or train clients; 0 does it in the training process.
         seed: of everything random in the run.
         validate_every: updates between validations; None validates after each epoch.
         checkpoint_every: seconds between checkpoints, where there is a folder to write to.
