@@ -12,8 +12,19 @@ from typing import Any
 from transfuse.core.registry import call_named
 from transfuse.datasets.digits import digits
 from transfuse.datasets.fashion import fashion_mnist
+from transfuse.datasets.fashion_variants import (
+    edge_fashion,
+    fashion_classes,
+    fashion_clients,
+    fashion_domains,
+    fashion_tasks,
+    rotated_fashion,
+    shifted_fashion,
+)
 from transfuse.datasets.folder import image_folder
+from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
+from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
 from transfuse.datasets.text import byte_text
@@ -23,16 +34,37 @@ __all__ = [
     "Splits",
     "byte_text",
     "digits",
+    "dirichlet",
+    "draw",
+    "edge_fashion",
+    "fashion_classes",
+    "fashion_clients",
+    "fashion_domains",
     "fashion_mnist",
+    "fashion_tasks",
+    "glyph_domains",
+    "glyph_tasks",
+    "glyphs",
     "hf_dataset",
     "image_folder",
     "load",
+    "rotated_fashion",
+    "shifted_fashion",
     "table",
 ]
 
 DATASETS: dict[str, Callable[..., Splits]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
+    "fashion-classes": fashion_classes,
+    "rotated-fashion": rotated_fashion,
+    "shifted-fashion": shifted_fashion,
+    "edge-fashion": edge_fashion,
+    "fashion-tasks": fashion_tasks,
+    "fashion-clients": fashion_clients,
+    "glyphs": glyphs,
+    "glyph-domains": glyph_domains,
+    "glyph-tasks": glyph_tasks,
     "image-folder": image_folder,
     "table": table,
     "hf": hf_dataset,

@@ -6,7 +6,7 @@ Loaders of particular data live in the other files of this folder; batching and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -24,27 +24,31 @@ class Splits:
     """A data set cut into the part to learn from, the part to choose by and the part to report on.
 
     Args:
-        train, validate, test: map-style data sets; the last two may be None.
+        train, validate, test: map-style data sets; the last two may be None. Each may also be a list of data sets
+            (tasks, clients) or a dict of them by name (pools, domains), as :func:`transfuse.transfer` takes them.
         classes: the names of the classes 0, 1, ...; None where there are no classes or no names.
         name: of the data set, for reports.
         task: what is learnt: `"classification"`, `"language-model"`, ...
+        source: labelled data of another domain, where there is one: what an adaptation takes as `source=`.
 
     Raises:
         InputError: a `TensorDataset(inputs, labels)` has labels that are not 0 .. `len(classes) - 1` or
             :data:`~transfuse.losses.reduction.IGNORE`.
     """
 
-    train: Dataset[Any]
-    validate: Dataset[Any] | None = None
-    test: Dataset[Any] | None = None
+    train: Any
+    validate: Any = None
+    test: Any = None
     classes: tuple[str, ...] | None = None
     name: str = "data"
     task: str = "classification"
+    source: Dataset[Any] | None = None
 
     def __post_init__(self) -> None:
-        for part in (self.train, self.validate, self.test):
-            if self.classes is not None and isinstance(part, TensorDataset) and len(part.tensors) == 2:
-                check_labels(part.tensors[1], len(self.classes), self.name)
+        for part in (self.train, self.validate, self.test, self.source):
+            for data in _single(part):
+                if self.classes is not None and isinstance(data, TensorDataset) and len(data.tensors) == 2:
+                    check_labels(data.tensors[1], len(self.classes), self.name)
 
     def few_labels(self, count: int, seed: int = 0) -> Splits:
         """The same data with only `count` labels in train; the others become IGNORE.
@@ -78,6 +82,54 @@ class Splits:
         few = torch.full_like(labels, IGNORE)
         few[kept] = labels[kept]
         return replace(self, train=TensorDataset(inputs, few))
+
+    def only(self, classes: Sequence[int], renumber: bool = True) -> Splits:
+        """The samples of some classes, in every part.
+
+        Args:
+            classes: which, in the order of their new labels.
+            renumber: labels count from 0, and :attr:`classes` has the names of these only; False keeps both.
+
+        Raises:
+            InputError: a part is not a `TensorDataset(inputs, labels)`, a class is given twice, or train lacks it.
+        """
+        if len(set(classes)) < len(classes) or not classes:
+            raise InputError(f"classes must be given, each once, found {list(classes)}")
+        new: dict[str, Any] = {
+            name: self._only(name, classes, renumber) for name in ("train", "validate", "test", "source")
+        }
+        names = tuple(self.classes[c] for c in classes) if self.classes and renumber else self.classes
+        return replace(self, classes=names, name=f"{self.name}, classes {', '.join(map(str, classes))}", **new)
+
+    def _only(self, name: str, classes: Sequence[int], renumber: bool) -> TensorDataset | None:
+        part = getattr(self, name)
+        if part is None:
+            return None
+        if not isinstance(part, TensorDataset) or len(part.tensors) != 2:
+            raise InputError(
+                f"classes can be chosen from a TensorDataset(inputs, labels), found {type(part).__name__} as the "
+                f"{name} part of {self.name}"
+            )
+        inputs, labels = part.tensors
+        if name == "train" and (absent := set(classes) - set(labels.unique().tolist())):
+            raise InputError(f"{self.name} has no training samples of the classes {sorted(absent)}")
+        kept = torch.isin(labels, torch.tensor(list(classes)))
+        labels = labels[kept]
+        if renumber:
+            new = torch.zeros(int(max(classes)) + 1, dtype=torch.long)
+            new[list(classes)] = torch.arange(len(classes))
+            labels = new[labels]
+        return TensorDataset(inputs[kept], labels)
+
+
+def _single(part: Any) -> Iterator[Any]:
+    """The single data sets in a part."""
+    if isinstance(part, Mapping):
+        yield from part.values()
+    elif isinstance(part, list | tuple):
+        yield from part
+    elif part is not None:
+        yield part
 
 
 def check_labels(labels: Tensor, classes: int, name: str) -> None:
