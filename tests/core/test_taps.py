@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch
 from transfuse.core.errors import LayerError
 from transfuse.core.run import Run
-from transfuse.core.taps import Taps, resolve, trace_penultimate
+from transfuse.core.taps import Taps, batch_norms, resolve, trace_penultimate
 from transfuse.distill import RKD, Hints, Labels
 from transfuse.models.vit import ViTTiny
 
@@ -289,3 +289,24 @@ def test_a_compiled_pair_trains():
     trainer(Hints("layer2", "layer2") + RKD(), compiled, torch.compile(teacher, backend="aot_eager"), images()).fit()
     for one, other in zip(plain.parameters(), student.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+# Batch normalisation
+
+
+def test_the_role_batchnorm_reads_what_every_such_layer_is_given():
+    model = nn.Sequential(
+        nn.BatchNorm2d(1),
+        nn.Conv2d(1, 3, 3),
+        nn.Sequential(nn.BatchNorm2d(3)),
+        nn.BatchNorm2d(3, track_running_stats=False),
+    ).eval()
+    images = torch.randn(2, 1, 4, 4)
+    assert list(batch_norms(model)) == ["0", "2.0"]  # the last keeps no statistics
+    given = read(model, ["batchnorm"], images)["batchnorm"]
+    assert len(given) == 2 and torch.equal(given[0], images) and torch.equal(given[1], model[1](model[0](images)))
+
+
+def test_the_role_batchnorm_of_a_model_without_such_layers_is_refused():
+    with pytest.raises(LayerError, match="no layer 'batchnorm'"):
+        read(CNN(), ["batchnorm"], torch.randn(2, 1, 4, 4))

@@ -2,8 +2,9 @@
 
 A tap is a module path (`"layer3"`), the input of a module (`"layer3:input"`), a wildcard
 (`"blocks.*"`, a list of features), a unique suffix of a path (`"layer3"` finds `"module.layer3"`, so models
-wrapped by DDP or PEFT keep their names), or a role: `"penultimate"`, the input of the last linear layer, or
-`"class_maps"`, what that layer says at every position of the map it averages (see `class_maps.py`).
+wrapped by DDP or PEFT keep their names), or a role: `"penultimate"` is the input of the last linear layer,
+`"class_maps"` what that layer says at every position of the map it averages (see `class_maps.py`), `"batchnorm"`
+the inputs of all batch-normalisation layers (a list, in the order of :func:`batch_norms`).
 Hooks exist before the first call (compiled models ignore later ones), stay silent unless opened, and are
 gone when the taps are removed.
 """
@@ -23,6 +24,7 @@ from transfuse.core.errors import LayerError, nearest
 from transfuse.core.outputs import Features, call, find_logits, modes_kept
 
 PENULTIMATE = "penultimate"
+BATCH_NORM = "batchnorm"
 Swap = Mapping[str, Tensor | Callable[[Tensor], Tensor]]
 
 
@@ -49,7 +51,7 @@ class Taps:
             if name == CLASS_MAPS:
                 head, self.paths[name] = find_class_map_head(model, inputs), [CLASS_MAPS]
             else:
-                self.paths[name] = [trace_penultimate(model, inputs)] if name == PENULTIMATE else resolve(model, name)
+                self.paths[name] = _resolve_role(model, name, inputs) or resolve(model, name)
         self._read: dict[str, Tensor] | None = None
         self._swap: dict[str, Tensor | Callable[[Tensor], Tensor]] = {}
         self._until: str | None = None
@@ -82,7 +84,7 @@ class Taps:
             yield features
             for name, paths in self.paths.items():
                 found = [self._read[p] for p in paths if p in self._read]
-                if "*" in name:
+                if "*" in name or name == BATCH_NORM:
                     features[name] = found
                 elif found:
                     features[name] = found[0]
@@ -147,6 +149,21 @@ class Taps:
             return (args, kwargs) if path in self._swap else None
 
         return hook
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch-normalisation layers that keep running statistics, by path, in the model's order."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return {path: layer for path, layer in layers.items() if layer.running_mean is not None}
+
+
+def _resolve_role(model: nn.Module, name: str, inputs: Any) -> list[str] | None:
+    """The paths of a role; None where the name is no role, or is the name of a layer after all."""
+    if name == PENULTIMATE:
+        return [trace_penultimate(model, inputs)]
+    if name == BATCH_NORM and (layers := batch_norms(model)):
+        return [path + ":input" for path in layers]
+    return None
 
 
 def resolve(model: nn.Module, name: str) -> list[str]:
