@@ -684,3 +684,50 @@ def test_a_loaders_last_short_batch_is_trained_on():
     x, y = images(8)
     trainer(Sizes(), CNN(), None, Iterated([(x[:5], y[:5]), (x[5:], y[5:])]), epochs=2).fit()
     assert sizes == [5, 3, 5, 3]
+
+
+# Optimisers that forget
+
+
+class Forgetful(KD):
+    """Resets its optimiser before every third update."""
+
+    def begin_epoch(self, run: Any) -> None:
+        if run.clock.step % 3 == 0:
+            run.reset_optim("student")
+
+
+def forgetful(folder: Any = None, listener: Any = None) -> Any:
+    settings = {"steps": 7, "batch_size": 12, "optimizer": "adam", "folder": folder, "listener": listener}
+    return trainer(Forgetful(), CNN(seed=1), CNN(width=6), images(), **settings)
+
+
+def test_an_optimiser_that_was_reset_starts_from_nothing():
+    counts = []
+    forgetful(listener=lambda run, record: counts.append(count(run.run.optimizers["student"]))).fit()
+    assert counts == [1, 2, 3, 1, 2, 3, 1]
+
+
+def count(optimizer: Any) -> int:
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+@pytest.mark.parametrize("update", [2, 3, 4])
+def test_a_reset_optimiser_resumes_bit_equal(update, tmp_path):
+    def kill(run: Any, record: Any) -> None:
+        if run.updates == update:
+            raise KeyboardInterrupt
+
+    expected = digest(forgetful().fit())
+    with pytest.raises(KeyboardInterrupt):
+        forgetful(tmp_path, kill).fit()
+    assert digest(forgetful(tmp_path).fit(resume=True)) == expected
+
+
+def test_only_a_phase_of_the_stage_can_be_reset():
+    class Wrong(KD):
+        def begin_epoch(self, run: Any) -> None:
+            run.reset_optim("studnet")
+
+    with pytest.raises(MethodError, match="no phase 'studnet' to reset: did you mean 'student'"):
+        trainer(Wrong(), CNN(), CNN(), images()).fit()

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
-from transfuse.core.errors import InputError, nearest
+from transfuse.core.errors import InputError, MethodError, nearest
 from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision, modes_kept
 from transfuse.core.phases import Phase
 from transfuse.core.streams import Data
 from transfuse.core.sync import Sync
 from transfuse.core.taps import Stopped, Swap, Taps
 from transfuse.core.training import Training
+from transfuse.core.watch import Watch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +37,7 @@ class Run:
         task: `"classification"`, `"language-model"`, ...
         training: what the caller asked for, for what a method trains inside a step of its own (clients, probes).
         device, rank, world: where this process runs.
+        watch: what the user is told unasked; a method adds its findings with `run.watch.say(finding, message)`.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class Run:
         self.roles, self.data, self.sync = dict(roles), data, sync or Sync()
         self.device, self.rank, self.world = self.sync.device, self.sync.rank, self.sync.world
         self.precision, self.task, self.seed, self.shuffled = PRECISIONS[precision], task, seed, shuffled
-        self.clock, self.rep, self.training = Clock(), 0, training
+        self.clock, self.rep, self.training, self.watch = Clock(), 0, training, Watch()
         self.notes: dict[str, tuple[float, float]] = {}
+        self.optimizers: dict[str, Optimizer] = {}
         self.phase: Phase | None = None
         self._taps: dict[str, Taps] = {}
         self._wants: dict[str, list[str]] = {}
@@ -195,6 +199,12 @@ class Run:
     def shared_rng(self, *purpose: object) -> torch.Generator:
         """Random numbers that are the same in every process, for choices of structure (what to reset, whom to pick)."""
         return torch.Generator().manual_seed(rng.derive(self.seed, self.clock.stage, self.clock.step, *purpose))
+
+    def reset_optim(self, phase: str) -> None:
+        """Let a phase's optimiser forget its momenta: they belong to parameters that have just been drawn anew."""
+        if phase not in self.optimizers:
+            raise MethodError(f"this stage has no phase {phase!r} to reset: {nearest(phase, self.optimizers)}")
+        self.optimizers[phase].state.clear()
 
     def clone(self, role: str) -> nn.Module:
         """A copy of a role without its taps."""

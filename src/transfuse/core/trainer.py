@@ -33,7 +33,7 @@ from transfuse.core.streams import Cursor, Data, Draw, Stream
 from transfuse.core.sync import Sync
 from transfuse.core.training import Training
 from transfuse.core.update import Update, count_units
-from transfuse.core.watch import FIRST, Watch
+from transfuse.core.watch import FIRST
 
 READS = 10
 """On an accelerator, values are read (and checked) every so many updates: reading makes it wait."""
@@ -97,7 +97,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder) if folder else None
         self.scaler = torch.amp.GradScaler(self.run.device.type, enabled=training.precision == "fp16")
         self.schedule = training.make_schedule()
-        self.curve, self.watch = Curve(), Watch()
+        self.curve, self.watch = Curve(), self.run.watch
         self.updates = 0
         """Updates done over all stages."""
         self.stages: list[dict[str, float]] = []
@@ -225,6 +225,7 @@ class Trainer:
         for phase in stage.trained:
             if phase.optimizer not in self._optimizers:
                 self._optimizers[phase.optimizer] = (phase.optim or self.training.make_optimizer)(phase.groups)
+        self.run.optimizers = self._optimizers
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])

@@ -56,7 +56,7 @@ class Watch:
             zero = value == 0.0 and weights[name] != 0.0
             self._zero[key] = self._zero.get(key, 0) + 1 if zero else 0
             if self._zero[key] == PATIENCE:
-                self._say(
+                self.say(
                     f"zero: {key}",
                     f"the term {name!r} has been exactly 0 for {PATIENCE} updates: it teaches nothing. "
                     "Check that it reads the tensors it should, and its mask",
@@ -70,7 +70,7 @@ class Watch:
             if weights[name] == 0.0 or self._zero.get(key) or len(norms) < 2 or norm >= SHARE * total:
                 self._small.pop(key, None)
             elif step - self._small.setdefault(key, step) >= PATIENCE:
-                self._say(
+                self.say(
                     f"small gradient: {key}",
                     f"the term {name!r} has had less than {SHARE:.0%} of the gradient for {PATIENCE} updates "
                     f"(now {norm / total:.2%}): raise its weight, or leave it out",
@@ -88,7 +88,7 @@ class Watch:
         self._silent[phase.optimizer] = found = sorted(silent & set(self._silent.get(phase.optimizer, silent)))
         if step == FIRST - 1 and found:
             shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
-            self._say(
+            self.say(
                 f"untaught: {phase.optimizer}",
                 f"{len(found)} parameter tensor(s) get no gradient from {', '.join(terms)} and stay as they are: "
                 f"{shown}. Add a method that teaches them (for instance + Labels() or + KD()), or follow with Then",
@@ -102,7 +102,8 @@ class Watch:
         """Go on from a saved state."""
         vars(self).update(state)
 
-    def _say(self, finding: str, message: str) -> None:
+    def say(self, finding: str, message: str) -> None:
+        """Tell the user, once per finding; the report lists it, too."""
         if finding not in self.messages:
             self.messages[finding] = message
             warnings.warn(message, TransferWarning, stacklevel=2)
