@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from transfuse.core.clock import Clock, Constant, Cosine, Linear, Warmup
+from transfuse.core.clock import Clock, Constant, Cosine, InverseDecay, Linear, Warmup
 
 
 def at(step: int, steps: int = 10) -> Clock:
@@ -23,6 +23,7 @@ def test_counts_epochs_from_updates():
         (Linear(1.0, 0.0), [1, 0.5, 0]),
         (Cosine(), [1, 0.5, 0]),
         (Cosine(3.0, 1.0), [3, 2, 1]),
+        (InverseDecay(3.0, 0.5), [1, 2.5**-0.5, 0.5]),
         (2 * Linear(0.0, 1.0), [0, 1, 2]),
         (Linear(0.0, 1.0) * Linear(1.0, 0.0), [0, 0.25, 0]),
     ],

@@ -490,6 +490,36 @@ def test_combine_decides_the_shared_parameters_from_raw_rows_and_no_others():
         assert torch.allclose(found[name], expected, atol=1e-6), name
 
 
+def test_combine_and_edit_know_the_raw_value_of_every_term_over_the_whole_update():
+    seen: list[dict[str, float]] = []
+
+    def combine(rows: dict[str, list[Tensor]], run: Any) -> list[Tensor]:
+        seen.append({name: float(value) for name, value in run.values.items()})
+        return rows["a"]
+
+    first_gradients(Two(combine=combine), CNN(), None, images(), micro_batch=5)
+    logits = CNN()(images()[0])
+    expected = {"a": logits[:, 0].square().mean().item(), "b": (logits[:, 1] - 1).square().mean().item()}
+    assert seen == [pytest.approx(expected)]
+
+
+def test_a_group_may_scale_the_learning_rate_that_the_caller_asked_for():
+    class Slower(Two):
+        def stage(self, i: int, run: Any) -> Stage:
+            target = run["target"]
+            groups = [{"params": target.layer1.parameters(), "lr_scale": 0.1}, {"params": target.fc.parameters()}]
+            return Stage({"data": run.data["data"]}, [Phase("student", self.losses, groups)])
+
+    plain, slow = CNN(), CNN()
+    for method, model in ((Two(), plain), (Slower(), slow)):
+        trainer(method, model, None, images(), steps=1, batch_size=12, lr=0.1, weight_decay=0.0).fit()
+    start = CNN()
+    for layer, factor in (("layer1", 0.1), ("fc", 1.0)):
+        before, full, part = (getattr(m, layer).weight.detach() for m in (start, plain, slow))
+        assert torch.allclose(part - before, factor * (full - before), atol=1e-6)
+        assert (full - before).abs().max() > 1e-4
+
+
 def test_edit_changes_gradients_before_clipping():
     def in_place(grads: dict[nn.Parameter, Tensor], run: Any) -> None:
         for g in grads.values():

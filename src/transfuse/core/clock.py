@@ -95,6 +95,17 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
+class InverseDecay(Schedule):
+    """From 1 down as (1 + gain * progress)**-power: the learning rate that domain adaptation is usual to train with."""
+
+    gain: float = 10.0
+    power: float = 0.75
+
+    def __call__(self, clock: Clock) -> float:
+        return (1 + self.gain * clock.fraction) ** -self.power
+
+
+@dataclass(frozen=True)
 class Warmup(Schedule):
     """Rise from 0 over the first `steps` updates, then follow another schedule."""
 

@@ -30,14 +30,16 @@ class Phase:
     Args:
         name: unique in its stage.
         loss: `loss(batches, run) -> {term name: Term}` for one micro-batch.
-        params: parameters, or optimiser groups (dicts with `params` and their own `lr`, ...).
+        params: parameters, or optimiser groups (dicts with `params` and their own `lr`, ...; `lr_scale` multiplies
+            the learning rate that the caller asked for).
         optim: makes the optimiser from the groups; None takes the one the caller asked for.
         optimizer: name of the optimiser. Phases that move the same parameters and give it the same name share one,
             with its state: a network that is taught now by one phase, now by another. None takes the phase's name.
         times: repetitions per step, on the same batches; `run.rep` tells which.
         schedule: factor of every group's learning rate; None takes the caller's.
         edit: changes gradients in place, or returns new ones, between backward and clipping.
-        combine: solves for the gradient of `shared` from the raw gradient rows of each term.
+        combine: solves for the gradient of `shared` from the raw gradient rows of each term; `run.values` has the
+            terms' values.
         shared: the parameters whose gradients `combine` decides; the others get the weighted sum.
 
     Raises:

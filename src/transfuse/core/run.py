@@ -33,6 +33,7 @@ class Run:
         clock: where the stage stands.
         phase: the phase at work, or None between steps.
         rep: which repetition of the phase, from 0.
+        values: the raw value of every term over the whole update, for `edit` and `combine`.
         data: the caller's data by name.
         task: `"classification"`, `"language-model"`, ...
         training: what the caller asked for, for what a method trains inside a step of its own (clients, probes).
@@ -61,6 +62,7 @@ class Run:
         self.notes: dict[str, tuple[float, float]] = {}
         self.optimizers: dict[str, Optimizer] = {}
         self.phase: Phase | None = None
+        self.values: dict[str, Tensor] = {}
         self._taps: dict[str, Taps] = {}
         self._wants: dict[str, list[str]] = {}
         self._learning: set[str] = set()

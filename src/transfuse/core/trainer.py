@@ -301,6 +301,7 @@ class Trainer:
         if self.run.device.type == "cpu" or step % READS == 0 or step + 1 == self.clock.steps:
             self._read(phase, update, values, norms, micro)
         self.scaler.unscale_(optimizer)
+        self.run.values = values
         if phase.combine:
             for p, gradient in zip(phase.shared, phase.combine(update.rows(), self.run), strict=True):
                 p.grad = gradient
@@ -317,7 +318,7 @@ class Trainer:
                 torch.nn.utils.clip_grad_norm_(params, self.training.clip)
         factor = (phase.schedule or self.schedule)(self.clock)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * factor * group.get("lr_scale", 1.0)
         if any(p.grad is not None for p in phase.params):  # a phase may find nobody to teach in an update
             self.scaler.step(optimizer)
             self.scaler.update()

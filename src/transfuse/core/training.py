@@ -9,12 +9,17 @@ from numbers import Real
 import torch
 from torch.optim import Optimizer
 
-from transfuse.core.clock import Constant, Cosine, Linear, Schedule, Warmup
+from transfuse.core.clock import Constant, Cosine, InverseDecay, Linear, Schedule, Warmup
 from transfuse.core.errors import InputError, nearest
 from transfuse.core.phases import Groups
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-SCHEDULES = {"constant": Constant(), "linear": Linear(1.0, 0.0), "cosine": Cosine()}
+SCHEDULES = {
+    "constant": Constant(),
+    "linear": Linear(1.0, 0.0),
+    "cosine": Cosine(),
+    "inverse": InverseDecay(),
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Training:
             memory and does not change the result, except for batch-coupled losses and BatchNorm.
         optimizer: `"adamw"`, `"adam"`, `"sgd"`, or a function from parameter groups to an optimiser.
         lr, weight_decay, momentum: the optimiser's; momentum is SGD's.
-        schedule: `"cosine"`, `"linear"`, `"constant"`, or a `Schedule`: factor of the learning rate.
+        schedule: `"cosine"`, `"linear"`, `"inverse"`, `"constant"`, or a `Schedule`: factor of the learning rate.
         warmup: updates over which the learning rate rises from 0.
         clip: largest norm of a phase's gradient, or of each group's where a phase trains several models; None does
             not clip.
