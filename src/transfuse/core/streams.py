@@ -162,7 +162,7 @@ class Indexed(Data):
 
     def shuffled_labels(self, seed: int) -> Indexed:
         """The same samples, each with the label of another one: a control that has a source, but no knowledge."""
-        labels = self._labels()
+        labels = self.all_labels()
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(rng.derive(seed, "shuffled labels")))
         other = copy.copy(self)
         other.relabelled = labels[order]

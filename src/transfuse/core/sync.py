@@ -44,7 +44,7 @@ class Sync:
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the tensors of the first."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """What every process has, in the order of the processes; tensors should be on the CPU."""
         return [value]
 
@@ -97,7 +97,7 @@ class Distributed(Sync):
             torch.distributed.broadcast(whole, src=0)
             tensor.copy_(whole)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(found, value)
         return found
