@@ -123,7 +123,7 @@ sys.exit("torch" in sys.modules)
         ),
         ({"compare": "[{then: [KD], shars: [1]}]"}, "compare[0].shars: unknown key; did you mean 'shares'?"),
         ({"lr": "0.1"}, "tiny.yaml: lr: unknown key; it belongs under 'training'."),
-        ({"weights": "a.pt"}, "weights: unknown key; it belongs under 'source'."),
+        ({"weights": "a.pt"}, "weights: unknown key; it belongs under 'source' or 'target'."),
         ({"training": "{steps: 1, seeds: [0]}"}, "training.seeds: unknown key; it belongs at the top of the recipe."),
         ({"training": "{steps: 1, 3: 4}"}, "training.3: unknown key"),
     ],
@@ -418,7 +418,7 @@ def test_a_source_is_trained_once_and_then_read(read: Callable[..., Recipe], tmp
 
 def test_a_dry_run_trains_no_source_and_writes_nothing(read: Callable[..., Recipe], tmp_path: Path) -> None:
     found = read(TAUGHT, out=tmp_path / "run").check()
-    assert found["source_training"]["arms"][0]["updates"] == 3
+    assert found["lessons"]["source"]["arms"][0]["updates"] == 3
     assert not (tmp_path / "run").exists()
 
 

@@ -38,7 +38,7 @@ from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
 from transfuse.given import HeldOut, read, read_held_out, read_sources, read_streams
 from transfuse.losses import IGNORE
-from transfuse.measure import correct
+from transfuse.measure import VALIDATORS, correct
 from transfuse.probing import first_logits, footprint, has_labels, infer_task, reinitialised, require_fit
 from transfuse.tracking import Tracking
 
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 Target = nn.Module | Callable[[], nn.Module]
 Listener = Callable[[str, int, Trainer, dict[str, Any] | None], None]
 """Called after each update with the arm's name, the seed, the trainer, and a record of the curve when one was made."""
+
+
+ORACLE = "oracle"
+"""The validator that is none: it asks the labels of the domain that is to have none."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ class Transfer:
             sample taught with another sample's outputs), `"shuffled source"` (the method, every source sample with
             another sample's label), or methods.
         seeds: each arm is trained once per seed.
+        select: how validation data is scored, for learning curves and where the best state is kept: the name of a
+            validator that needs no labels (:data:`transfuse.measure.VALIDATORS`), or `"oracle"`, the task's own
+            metric. By default what the method says; what adapts to unlabelled data never sees its labels.
         task: `"classification"`, `"language-model"`, `"token-classification"` or `"segmentation"`; found out from
             one batch by default.
         classes: names of the classes, for the report.
@@ -164,6 +171,7 @@ class Transfer:
         test: Any = None,
         compare: Sequence[str | Method] = (),
         seeds: Sequence[int] = (0,),
+        select: str | None = None,
         task: str | None = None,
         classes: Sequence[str] | None = None,
         adapt: Adapt | None = None,
@@ -227,6 +235,9 @@ class Transfer:
             raise InputError("a comparison needs held-out data: pass validate=... or test=...")
         self.recipe = recipe or self._describe(training)
         self._task = task
+        self.select = method.select if select is None else select
+        if self.select not in (None, ORACLE, *VALIDATORS):
+            raise InputError(f"unknown validator {self.select!r}: {nearest(str(self.select), (ORACLE, *VALIDATORS))}")
         self._progress = progress
         self._tracking = Tracking(track, name, self.out and self.out / "tracking") if track else None
         self._used, self._classes = False, 0
@@ -489,7 +500,7 @@ class Transfer:
             training,
             folder=folder,
             validate=self._score,
-            higher_is_better=self._validation_metric is None or HIGHER_IS_BETTER[self._validation_metric],
+            higher_is_better=HIGHER_IS_BETTER.get(str(self._validation_metric), True),
             sync=self.sync,
             task=self.task,
             shuffled=arm.shuffled and bool(self.sources),
@@ -515,6 +526,8 @@ class Transfer:
 
     @cached_property
     def _validation_metric(self) -> str | None:
+        if self.validate is not None and self.select not in (None, ORACLE):
+            return self.select
         return None if self.validate is None else main_metric(self.task, has_labels(self.validate.sample(8)))
 
     @cached_property
@@ -523,6 +536,15 @@ class Transfer:
         data, metric = self.validate, self._validation_metric
         if data is None or metric is None:
             return None
+        if metric in VALIDATORS:
+            validator, blind = VALIDATORS[metric], data.without_labels()
+
+            def score(model: nn.Module) -> float:
+                logits = self._evaluate(model, blind, None, compared=False).logits
+                assert logits is not None
+                return float(validator(logits))
+
+            return score
         # The source takes part only where the score is about it.
         compared = metric == "agreement"
         reference = self._reference(data) if compared else None
@@ -593,6 +615,8 @@ class Transfer:
 
     def _notes(self) -> list[str]:
         notes = []
+        if self.select == ORACLE and self.method.select:
+            notes.append("The best state was chosen with labels of the target domain: an oracle, not a result.")
         if self.test is not None and self.test is self.validate:
             notes.append("No test data was given: the report is about the validation data.")
         if isinstance(self.target, nn.Module) and len(self.seeds) > 1:

@@ -45,6 +45,9 @@ class HeldOut(Data):
         sample = next(iter(self.sets.values())).sample(size)
         return sample and _of_task(sample, 0)
 
+    def without_labels(self) -> HeldOut:
+        return HeldOut({name: data.without_labels() for name, data in self.sets.items()})
+
 
 def _of_task(batch: Batch, number: int) -> Batch:
     return Batch(batch, task=torch.full((batch.size,), number))

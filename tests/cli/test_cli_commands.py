@@ -134,7 +134,7 @@ def test_check_shows_data_models_taps_and_estimates(transfuse: Run, write: Write
     assert found["models"]["target"]["taps"] == {"layer1": [8, 2, 4, 4]}
     assert found["models"]["source"]["taps"] == {"layer2": [8, 8, 4, 4]}
     assert found["estimate"]["memory_mb"] > 0
-    assert found["source_training"]["arms"][0]["updates"] == 20
+    assert found["lessons"]["source"]["arms"][0]["updates"] == 20
     assert not Path("runs").exists()
 
 

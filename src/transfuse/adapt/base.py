@@ -10,16 +10,14 @@ none (:mod:`transfuse.measure.validators`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfuse.core.batch import LABEL_NAMES, Batch, line_up
+from transfuse.core.batch import Batch, line_up
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, ShapeError, TransferError
@@ -27,7 +25,7 @@ from transfuse.core.method import Method
 from transfuse.core.outputs import Features, Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.core.streams import Adapt, Data, Indexed, Iterated, Stream
+from transfuse.core.streams import Data, Stream
 from transfuse.losses import IGNORE, Term, cross_entropy
 
 SAMPLE = 32
@@ -79,7 +77,7 @@ class Adaptation(Method):
 
     def streams(self, run: Run) -> dict[str, Stream | Data]:
         """The target's data without its labels, which defines the epoch, and the source's with them."""
-        return {"target": unlabelled(run.data["data"]), "source": run.data["source"]}
+        return {"target": run.data["data"].without_labels(), "source": run.data["source"]}
 
     def trained(self, run: Run) -> list[torch.nn.Parameter]:
         """Everything that moves: the model, and what the method learns on the side."""
@@ -121,23 +119,8 @@ def samples(run: Run, name: str) -> dict[str, Batch]:
         raise InputError(f"{name} learns from the source's labels, and the source data has none: pass (inputs, labels)")
     if target is None:
         raise InputError(f"{name} needs data of the target domain: pass data=target_inputs")
-    batches = {"target": without_labels(target), "source": source}
+    batches = {"target": target.without_labels(), "source": source}
     return {stream: line_up(batch, run.task).to(run.device) for stream, batch in batches.items()}
-
-
-def unlabelled(data: Data) -> Data:
-    """The same data in the same order, without its labels."""
-    bare = copy.copy(data)
-    if isinstance(bare, Indexed) and bare.tensors is not None:
-        bare.tensors = without_labels(Batch(bare.tensors))
-    elif isinstance(bare, Indexed | Iterated):
-        bare.adapt = partial(_adapted_without_labels, bare.adapt)
-    return bare
-
-
-def without_labels(batch: Batch) -> Batch:
-    """A batch without its labels."""
-    return Batch({key: value for key, value in batch.items() if key not in LABEL_NAMES})
 
 
 def run_domains(run: Run, source: Batch, target: Batch) -> tuple[Outputs, Outputs]:
@@ -175,7 +158,3 @@ def _joined(source: Any, target: Any) -> Any:
             "runs one model on both, so bring them to one shape"
         )
     return torch.cat([source, target])
-
-
-def _adapted_without_labels(adapt: Adapt | None, item: Any) -> Batch:
-    return without_labels(Batch.of(item if adapt is None else adapt(item)))

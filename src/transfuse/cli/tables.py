@@ -63,8 +63,8 @@ def checked(found: Mapping[str, Any]) -> Group:
     if taps := [(role, *tap) for role, m in found["models"].items() for tap in _taps(m["taps"])]:
         shown.append(table("Taps", ["role", "layer", "shape"], taps))
     arms = [(a, len(found["seeds"])) for a in found["arms"]]
-    if "source_training" in found:
-        arms = [({**found["source_training"]["arms"][0], "name": "source", "role": "source"}, 1), *arms]
+    for name, lesson in reversed(found["lessons"].items()):
+        arms = [({**lesson["arms"][0], "name": name, "role": "taught first"}, 1), *arms]
     rows = [
         (
             arm["name"],

@@ -55,6 +55,10 @@ class Batch(dict[str, Any]):
         """The samples from `start` to `stop`."""
         return Batch(_map(self, lambda t: t[start:stop] if t.dim() else t))
 
+    def without_labels(self) -> Batch:
+        """The same batch for those who must not see its labels."""
+        return Batch({key: value for key, value in self.items() if key not in LABEL_NAMES})
+
     @classmethod
     def of(cls, item: Any) -> Batch:
         """Read what a data set or loader yields.

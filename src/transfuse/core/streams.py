@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ class Data:
     def sample(self, size: int) -> Batch | None:
         """One real batch of at most `size` samples for setting up; None where there is nothing to read."""
         raise NotImplementedError
+
+    def without_labels(self) -> Data:
+        """The same data in the same order, for those who must not see its labels."""
+        return self
 
     def shuffled_labels(self, seed: int) -> Data:
         """The same samples with their labels shuffled.
@@ -160,6 +165,14 @@ class Indexed(Data):
             Subset(self._root_dataset(), (torch.arange(self.size)[known]).tolist()), self.adapt, self.collate
         )
 
+    def without_labels(self) -> Indexed:
+        bare = copy.copy(self)
+        if bare.tensors is not None:
+            bare.tensors = Batch(bare.tensors).without_labels()
+        else:
+            bare.adapt = partial(_bare, bare.adapt)
+        return bare
+
     def shuffled_labels(self, seed: int) -> Indexed:
         """The same samples, each with the label of another one: a control that has a source, but no knowledge."""
         labels = self.all_labels()
@@ -253,6 +266,11 @@ class Iterated(Data):
             self._head = [item]
         batch = self._read(item)
         return batch.slice(0, min(size, batch.size))
+
+    def without_labels(self) -> Iterated:
+        bare = copy.copy(self)
+        bare.adapt = partial(_bare, bare.adapt)
+        return bare
 
     def _open(self) -> Iterator[Any]:
         source = self.batches() if callable(self.batches) else self.batches
@@ -378,6 +396,10 @@ class Cursor:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a saved position."""
         self.epoch, self.offset, self._updates = state["epoch"], state["offset"], None
+
+
+def _bare(adapt: Adapt | None, item: Any) -> Batch:
+    return Batch.of(item if adapt is None else adapt(item)).without_labels()
 
 
 def collate(samples: list[Any]) -> Any:

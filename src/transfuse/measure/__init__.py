@@ -19,6 +19,7 @@ from transfuse.measure.classification import (
 from transfuse.measure.cost import Cost, cost
 from transfuse.measure.fidelity import agreement, disagreement, held_out_kl
 from transfuse.measure.interval import Interval, bootstrap, paired
+from transfuse.measure.validators import VALIDATORS
 from transfuse.measure.verdict import (
     ARRIVED,
     NEGATIVE,
@@ -32,6 +33,7 @@ __all__ = [
     "NEGATIVE",
     "NOT_COMPARED",
     "NO_EFFECT",
+    "VALIDATORS",
     "Cost",
     "Interval",
     "Reliability",

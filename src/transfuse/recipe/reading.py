@@ -85,7 +85,7 @@ def explain(details: ErrorDetails) -> str:
     if kind == "missing":
         return f"{place}: is missing"
     if kind == "value_error":
-        return f"{place}: {context['error']}"
+        return f"{place}: {context['error']}" if place else str(context["error"])
     expected = EXPECTED.get(kind.partition("_")[0])
     found = repr(details["input"])
     shown = found if len(found) <= 60 else found[:57] + "..."

@@ -21,7 +21,7 @@ from transfuse.core.interruption import Interrupted
 from transfuse.core.registry import call_named
 from transfuse.recipe.reading import explain, parse, read_text
 from transfuse.recipe.resolve import call, hugging_face
-from transfuse.recipe.schema import Chain, Content, DataSpec, ModelSpec, One, Ramp, SourceTrainingSpec
+from transfuse.recipe.schema import Chain, Content, DataSpec, LessonSpec, ModelSpec, One, Ramp, SourceSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +29,25 @@ if TYPE_CHECKING:
     from transfuse.core.method import Method
     from transfuse.experiment import Listener, Result, Transfer
 
-RECIPE, STARTED, SOURCE = "recipe.yaml", "started.json", "source"
-"""Names in the folder of a run: the recipe as given, how it was started, the training of the source."""
+RECIPE, STARTED = "recipe.yaml", "started.json"
+"""Names in the folder of a run: the recipe as given, and how it was started."""
+OTHERS = ("validate", "test", "classes", "task", "source")
+"""What a loader may return besides `train`."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A model that is trained on labels before the transfer begins.
+
+    Attributes:
+        name: `"source"`, `"source.0"`, ..., `"target"`; also the folder, in that of the run.
+        transfer: the training.
+        model: what is taught.
+    """
+
+    name: str
+    transfer: Transfer
+    model: nn.Module
 
 
 @dataclass(frozen=True)
@@ -118,16 +135,17 @@ class Recipe:
 
     @property
     def trainings(self) -> int:
-        """How many models are trained: every arm with every seed, and the source where the recipe asks for it."""
-        return (1 + len(self.spec.compare)) * len(self.spec.seeds) + (self._source_training is not None)
+        """How many models are trained: every arm with every seed, and what is taught on labels first."""
+        return (1 + len(self.spec.compare)) * len(self.spec.seeds) + len(self._lessons)
 
     @property
     def finished(self) -> int:
         """How many of them an earlier, interrupted run has finished."""
-        return sum(1 for part in ("", SOURCE) for _ in (self.out / part).glob("arms/*/seed-*/run.safetensors"))
+        folders = ("", *self._lessons)
+        return sum(1 for part in folders for _ in (self.out / part).glob("arms/*/seed-*/run.safetensors"))
 
     def build(self, listener: Listener | None = None) -> Transfer:
-        """The transfer, ready to run; its source is trained first where the recipe asks for it, in `out`.
+        """The transfer, ready to run; models are trained on labels first where the recipe asks for it, in `out`.
 
         Args:
             listener: called after every update, see :data:`~transfuse.experiment.Listener`.
@@ -135,21 +153,21 @@ class Recipe:
         Raises:
             TransferError: as :class:`~transfuse.experiment.Transfer`.
         """
-        transfer, lesson = self._assemble(listener)
-        self._teach(transfer, lesson)
+        transfer, lessons = self._assemble(listener)
+        self._teach(lessons)
         return transfer
 
     def check(self) -> dict[str, Any]:
-        """A dry run: :meth:`~transfuse.experiment.Transfer.check`, of the source's training too; nothing is written.
+        """A dry run: :meth:`~transfuse.experiment.Transfer.check`, of the lessons too; nothing is written.
 
         Raises:
             TransferError: what is wrong, as when it is run.
         """
-        transfer, lesson = self._assemble()
-        found = {"name": self.spec.name, **transfer.check(), "out": str(self.out), "notes": []}
-        if lesson is not None:
-            found["source_training"] = lesson.check()
-            found["estimate"]["seconds"] += found["source_training"]["estimate"]["seconds"]
+        transfer, lessons = self._assemble()
+        found = {"name": self.spec.name, **transfer.check(), "out": str(self.out), "notes": [], "lessons": {}}
+        for lesson in lessons:
+            found["lessons"][lesson.name] = checked = lesson.transfer.check()
+            found["estimate"]["seconds"] += checked["estimate"]["seconds"]
         if (self.out / RECIPE).exists():
             found["notes"].append(f"{self.out} holds a run already: resume it, or choose another folder.")
         return found
@@ -166,7 +184,7 @@ class Recipe:
             Interrupted: the user stopped it; what was done is kept.
         """
         begun = self._begun(resume)
-        transfer, lesson = self._assemble(listener)
+        transfer, lessons = self._assemble(listener)
         # A stream that can be read only once is not to be read by a dry run.
         if not begun and not any(getattr(data, "once", False) for data in transfer.data.values()):
             transfer.check()
@@ -175,7 +193,7 @@ class Recipe:
             self._note_start()
         transfer.sync.barrier()
         try:
-            self._teach(transfer, lesson)
+            self._teach(lessons)
             return transfer.run(resume)
         except KeyboardInterrupt as stop:
             raise Interrupted(f"stopped; what was done is kept. Go on with: transfuse resume {self.out}") from stop
@@ -209,11 +227,21 @@ class Recipe:
     # Building ------------------------------------------------------------------------------------------------------
 
     @property
-    def _source_training(self) -> SourceTrainingSpec | None:
-        return self.spec.source.train if self.spec.source else None
+    def _sources(self) -> dict[str, SourceSpec]:
+        """The source, or several, by name."""
+        given = self.spec.source
+        if isinstance(given, list):
+            return {f"source.{i}": spec for i, spec in enumerate(given)}
+        return {} if given is None else {"source": given}
 
-    def _assemble(self, listener: Listener | None = None) -> tuple[Transfer, Transfer | None]:
-        """The transfer, and the one that trains its source (or None); what is cheap and often wrong comes first."""
+    @property
+    def _lessons(self) -> dict[str, LessonSpec]:
+        """What is taught on labels first, by name."""
+        taught = {**self._sources, "target": self.spec.target}
+        return {name: spec.train for name, spec in taught.items() if spec.train is not None}
+
+    def _assemble(self, listener: Listener | None = None) -> tuple[Transfer, list[Lesson]]:
+        """The transfer, and the lessons before it; what is cheap and often wrong comes first."""
         from transfuse.core.training import Training
         from transfuse.experiment import Transfer
 
@@ -224,10 +252,16 @@ class Recipe:
             method = self._method(spec.method)
         with self._at("compare"):
             compare = [entry if isinstance(entry, str) else self._method(entry) for entry in spec.compare]
-        source, target = self._source(), self._target()
-        with self._at("data"):
-            data = self._data(spec.data)
-        lesson = self._lesson(source, data, listener)
+        sources, target = {name: self._source(name, given) for name, given in self._sources.items()}, self._target()
+        data = self._data("data", spec.data)
+        brought = data.pop("source", None)
+        source: Any = list(sources.values()) if isinstance(spec.source, list) else sources.get("source")
+        if source is None and any(part.card.teacher == "data" for part in method.parts):
+            source = brought
+        lessons = [
+            self._lesson(name, {**sources, "target": target}[name], {**data, "source": brought}, listener)
+            for name in self._lessons
+        ]
         with self._at():
             transfer = Transfer(
                 method,
@@ -236,6 +270,7 @@ class Recipe:
                 **{**data, "task": spec.task or data.get("task")},
                 compare=compare,
                 seeds=spec.seeds,
+                select=spec.select,
                 out=self.out,
                 device=spec.device,
                 name=str(spec.name),
@@ -244,46 +279,49 @@ class Recipe:
                 track=spec.track,
                 **training,
             )
-        return transfer, lesson
+        return transfer, lessons
 
-    def _lesson(self, source: Any, data: dict[str, Any], listener: Listener | None) -> Transfer | None:
-        """The training of the source on labels."""
+    def _lesson(self, name: str, model: Any, data: dict[str, Any], listener: Listener | None) -> Lesson:
+        """The training of one model on labels."""
         from torch import nn
 
         from transfuse.distill import Labels
         from transfuse.experiment import Transfer
 
-        spec = self._source_training
-        if spec is None:
-            return None
-        with self._at("source.train"):
-            if not isinstance(source, nn.Module):
-                raise InputError(f"a {type(source).__name__} cannot be trained: expected a torch.nn.Module")
-            data = data if spec.data is None else self._data(spec.data)
-            return Transfer(
+        spec = self._lessons[name]
+        with self._at(f"{name}.train"):
+            if not isinstance(model, nn.Module):
+                raise InputError(f"a {type(model).__name__} cannot be trained: expected a torch.nn.Module")
+            if spec.data is not None:
+                data = self._data(f"{name}.train.data", spec.data)
+            other = data.pop("source", None)
+            if spec.part == "source":
+                if other is None:
+                    raise InputError("this data set brings no data of another domain: leave out 'part: source'")
+                data = {"data": other, "task": data.get("task"), "classes": data.get("classes")}
+            transfer = Transfer(
                 Labels(),
-                target=source,
+                target=model,
                 **{**data, "task": self.spec.task or data.get("task")},
-                out=self.out / SOURCE,
+                out=self.out / name,
                 device=self.spec.device,
-                name=f"{self.spec.name}: the source",
+                name=f"{self.spec.name}: {name}",
                 recipe=self.content,
-                listener=listener and (lambda _, *update: listener("source", *update)),
+                listener=listener and (lambda _, *update: listener(name, *update)),
                 track=self.spec.track,
-                **spec.model_dump(exclude_unset=True, exclude={"data"}),
+                **spec.model_dump(exclude_unset=True, exclude={"data", "part"}),
             )
+            return Lesson(name, transfer, model)
 
-    def _teach(self, transfer: Transfer, lesson: Transfer | None) -> None:
-        """Train the source, or read what was trained before, into the transfer."""
+    def _teach(self, lessons: list[Lesson]) -> None:
+        """Train what is to be taught on labels, or read what was taught before."""
         from transfuse.core.checkpoint import load_weights
 
-        if lesson is None:
-            return
-        assert transfer.source is not None
-        weights = self.out / SOURCE / "model.safetensors"
-        if not weights.exists():
-            lesson.run(resume=True)
-        load_weights(weights, transfer.source)
+        for lesson in lessons:
+            weights = self.out / lesson.name / "model.safetensors"
+            if not weights.exists():
+                lesson.transfer.run(resume=True)
+            load_weights(weights, lesson.model)
 
     def _method(self, spec: One | list[One] | Chain) -> Method:
         from transfuse.core.composition import Then
@@ -301,13 +339,14 @@ class Recipe:
             return method
         return method.weighted(spec.weight.schedule() if isinstance(spec.weight, Ramp) else spec.weight)
 
-    def _source(self) -> Any:
+    def _source(self, name: str, spec: SourceSpec) -> Any:
+        """A model, or labelled data."""
         from transfuse.core import rng
 
-        if self.spec.source is None:
-            return None
-        with self._at("source"), rng.scope(rng.derive("source")):
-            return self._model(self.spec.source)
+        if spec.data is not None:
+            return self._data(f"{name}.data", spec.data)["data"]
+        with self._at(name), rng.scope(rng.derive(name)):
+            return self._model(spec)
 
     def _target(self) -> nn.Module | Callable[[], nn.Module]:
         """A model where its weights are given, else a function, so that every seed has its own."""
@@ -330,13 +369,19 @@ class Recipe:
             load_weights(self.folder / spec.weights, model)
         return model
 
-    def _data(self, spec: DataSpec) -> dict[str, Any]:
-        """What a loader returns, as arguments of a transfer."""
+    def _data(self, place: str, spec: DataSpec | None) -> dict[str, Any]:
+        """What a loader returns, as arguments of a transfer; nothing where no data is given."""
+        if spec is None:
+            return {}
+        with self._at(place):
+            return self._loaded(spec)
+
+    def _loaded(self, spec: DataSpec) -> dict[str, Any]:
         from transfuse.datasets import DATASETS, Splits
 
         found = call(self.folder, "data set", DATASETS, spec.name, spec.args)
         if isinstance(found, Splits):
-            found = {key: getattr(found, key) for key in ("train", "validate", "test", "classes", "task")}
+            found = {key: getattr(found, key) for key in ("train", *OTHERS)}
         elif isinstance(found, tuple) and len(found) == 3:
             found = dict(zip(("train", "validate", "test"), found, strict=True))
         if not isinstance(found, Mapping) or "train" not in found:
@@ -344,7 +389,11 @@ class Recipe:
                 f"{spec.name} returned a {type(found).__name__}: expected transfuse.datasets.Splits, a tuple (train, "
                 "validate, test), or a dict with 'train' and perhaps 'validate', 'test', 'classes', 'task'"
             )
-        keys = {"train": "data", "validation": "validate", **{k: k for k in ("validate", "test", "classes", "task")}}
+        keys = {
+            "train": "data",
+            "validation": "validate",
+            **{k: k for k in ("validate", "test", "classes", "task", "source")},
+        }
         for key in found:
             if key not in keys:
                 raise InputError(f"{spec.name} returned {key!r}, which is unknown; {nearest(key, keys)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -139,7 +139,7 @@ class ModelSpec(Part):
     def _one(self) -> Self:
         if self.auto is not None and self.huggingface is None:
             raise InputError("'auto' is the class that reads a 'huggingface' folder, and none is given")
-        return self._exactly_one("model", "huggingface")
+        return self if getattr(self, "data", None) else self._exactly_one("model", "huggingface")
 
     @property
     def pretrained(self) -> bool:
@@ -169,16 +169,42 @@ class TrainingSpec(Part):
     checkpoint_every: float = 60.0
 
 
-class SourceTrainingSpec(TrainingSpec):
-    """How the source is trained on labels before it teaches; on the recipe's data by default."""
+class LessonSpec(TrainingSpec):
+    """How a model is trained on labels before the transfer begins; on the recipe's data by default.
+
+    `part` is the part of that data: `train`, or `source` where the data set brings another domain.
+    """
+
+    data: DataSpec | None = None
+    part: Literal["train", "source"] = "train"
+
+
+class TaughtSpec(ModelSpec):
+    """A model that may be trained on labels first."""
+
+    train: LessonSpec | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        return super().pretrained or self.train is not None
+
+
+class SourceSpec(TaughtSpec):
+    """What knows: a model, or, under `data`, labelled data of another domain."""
 
     data: DataSpec | None = None
 
+    @model_validator(mode="after")
+    def _data_stands_alone(self) -> Self:
+        if self.data and (others := self.model_fields_set - {"data"}):
+            raise InputError(f"a source is a model or 'data', found 'data' and {', '.join(sorted(others))}")
+        return self
 
-class SourceSpec(ModelSpec):
-    """The model that knows."""
 
-    train: SourceTrainingSpec | None = None
+SourceForm = Annotated[
+    Annotated[SourceSpec, Tag("<one>")] | Annotated[list[SourceSpec], Field(min_length=1), Tag("<several>")],
+    Discriminator(lambda value: "<several>" if isinstance(value, list) else "<one>"),
+]
 
 
 class Content(Part):
@@ -186,16 +212,28 @@ class Content(Part):
 
     name: str | None = None
     method: MethodSpec
-    source: SourceSpec | None = None
-    target: ModelSpec
-    data: DataSpec
-    training: TrainingSpec
+    source: SourceForm | None = None
+    target: TaughtSpec
+    data: DataSpec | None = None
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
     compare: list[ArmSpec] = []
     seeds: list[int] = Field([0], min_length=1)
     device: str | None = None
     task: str | None = None
+    select: str | None = None
     out: str | None = None
     track: list[str] = []
+
+    @property
+    def measures(self) -> bool:
+        """Whether the recipe asks for numbers, and trains nothing."""
+        return isinstance(self.method, One) and catalogue.find(self.method.name).family == "measure"
+
+    @model_validator(mode="after")
+    def _says_how_long(self) -> Self:
+        if "training" not in self.model_fields_set and not self.measures:
+            raise InputError("training: is missing")
+        return self
 
     @field_validator("compare", mode="before")
     @classmethod
@@ -214,7 +252,7 @@ def _hint(key: str, part: type[Part]) -> str:
     """Where an unknown key belongs, or which known one is meant."""
     homes: dict[str, type[Part]] = {
         "under 'training'": TrainingSpec,
-        "under 'source'": SourceSpec,
+        "under 'source' or 'target'": TaughtSpec,
         "at the top of the recipe": Content,
     }
     for home, other in homes.items():
