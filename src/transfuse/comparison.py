@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,19 +66,21 @@ class Facts:
     cost: Mapping[str, Any]
     recipe: Mapping[str, Any]
     warnings: Sequence[str]
+    panels: Sequence[Mapping[str, Any]] = ()
 
 
 def compare(arms: Sequence[ArmResult], facts: Facts) -> Report:
     """Judge the first arm, the method, and every other one, against the first baseline.
 
     Gains are improvements: positive is better whichever way the metric points. Without a baseline the
-    shuffled teacher stands in for it; without either nothing is judged.
+    shuffled teacher stands in for it, or else the first other method; without any nothing is judged.
     """
     from transfuse.report.schema import Report
 
     method = arms[0]
     measured = bool(method.evaluations)
-    baseline = next((a for a in arms[1:] if a.role == "baseline"), next((a for a in arms if a.role == "control"), None))
+    ranked = [a for role in ("baseline", "control", "method (compared)") for a in arms[1:] if a.role == role]
+    baseline = next(iter(ranked), None)
     control = next((a for a in arms if a.role == "control"), None)
     gains = {a.name: gain(a, baseline, facts.metric) for a in arms if measured and baseline and a is not baseline}
     word, why = measure.NOT_COMPARED, NO_BASELINE if measured else NO_DATA
@@ -101,6 +104,12 @@ def compare(arms: Sequence[ArmResult], facts: Facts) -> Report:
             "classes": None if facts.classes is None else list(facts.classes),
             "per_class_gain": _per_class_gain(method, baseline, facts) if measured and baseline else None,
             "disagreement": _disagreement(method, facts),
+            "panels": [
+                *by_set(arms, facts.metric),
+                *by_stage(arms, facts.metric),
+                *method.runs[0].panels,
+                *facts.panels,
+            ],
             "cost": facts.cost,
             "recipe": dict(facts.recipe),
             "versions": versions(),
@@ -123,6 +132,54 @@ def gain(arm: ArmResult, against: ArmResult, metric: str) -> Interval:
     return measure.paired(better.values(metric), worse.values(metric))
 
 
+def by_set(arms: Sequence[ArmResult], metric: str) -> list[dict[str, Any]]:
+    """The metric of every arm on each of several held-out sets, the mean over seeds."""
+    found = {arm.name: [e.by_set(metric) for e in arm.evaluations] for arm in arms}
+    names = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
+    if not names:
+        return []
+    values = [[_mean(run.get(name) for run in runs) for name in names] for runs in found.values()]
+    note = "Each arm's mean over seeds. An arm may lead on the whole and lose where it matters to you: look for that."
+    kind = {"kind": "bars", "title": f"{metric} on each held-out set", "note": note}
+    return [{**kind, "y": metric, "rows": list(found), "groups": names, "values": values}]
+
+
+def by_stage(arms: Sequence[ArmResult], metric: str) -> list[dict[str, Any]]:
+    """The method's matrix of held-out sets by stage, and how every arm went from stage to stage."""
+    staged = [arm for arm in arms if arm.runs and arm.runs[0].stages]
+    if not staged:
+        return []
+    panels: list[dict[str, Any]] = []
+    if len(sets := list(staged[0].runs[0].stages[0])) > 1:
+        rows = [[_mean(run.stages[i].get(name) for run in staged[0].runs) for name in sets] for i in _stages(staged[0])]
+        note = "Row by row: after each stage, the score on every set. A column that fades downwards was forgotten."
+        matrix = {"kind": "matrix", "title": f"{metric} after each stage: {staged[0].name}", "note": note}
+        names = [f"after {i + 1}" for i in _stages(staged[0])]
+        panels.append({**matrix, "x": "set", "y": "stage", "rows": names, "columns": sets, "values": rows})
+    series = {
+        arm.name: [(i + 1, _mean(_seen(run.stages[i], i, _stages(arm)) for run in arm.runs)) for i in _stages(arm)]
+        for arm in staged
+    }
+    note = "The mean over the sets seen so far. A line that falls loses more of the old than it gains of the new."
+    lines = {"kind": "lines", "title": f"{metric} from stage to stage", "note": note, "x": "stage", "y": metric}
+    return [*panels, {**lines, "series": series}]
+
+
+def _stages(arm: ArmResult) -> range:
+    return range(min(len(run.stages) for run in arm.runs))
+
+
+def _seen(scores: Mapping[str, float], stage: int, stages: range) -> float | None:
+    """The mean over the sets that were learned until a stage, where each stage has one of its own; else over all."""
+    values = list(scores.values())
+    return _mean(values[: stage + 1] if len(values) == len(stages) else values)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
 def _gain(interval: Interval | None, against: ArmResult | None) -> dict[str, Any] | None:
     return None if interval is None or against is None else {**interval.as_dict(), "against": against.name}
 
@@ -136,6 +193,8 @@ def _arm(arm: ArmResult, facts: Facts, gain: dict[str, Any] | None, judged: str 
             "seconds": run.seconds,
             "steps": run.steps,
             "metrics": _finite(run.evaluation.metrics) if run.evaluation else {},
+            "sets": run.evaluation.by_set(metric) if run.evaluation else {},
+            "stages": run.stages,
             "curve": run.curve,
             "warnings": run.warnings,
         }

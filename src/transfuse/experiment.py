@@ -35,6 +35,7 @@ from transfuse.core.teacher import gives, require
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
 from transfuse.distill import Labels
+from transfuse.embedding import domain_panels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
 from transfuse.given import HeldOut, read, read_held_out, read_sources, read_streams
 from transfuse.losses import IGNORE
@@ -606,7 +607,16 @@ class Transfer:
             cost=footprints,
             recipe=self.recipe,
             warnings=self._notes(),
+            panels=self._panels(model),
         )
+
+    def _panels(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The two domains before and after an adaptation."""
+        if not _from_data(self.method) or self.method.brings_head:
+            return []
+        held_out = self.data["data"] if self.test is None else self.test
+        before = self.build_target(self.seeds[0]).to(self.sync.device)
+        return domain_panels(before, model, {"source": self.data["source"], "target": held_out})
 
     def _named_source(self, reference: Evaluation | None) -> tuple[str, Evaluation | None] | None:
         if self.sources:

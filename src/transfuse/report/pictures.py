@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from transfuse.report.panels import Bars, Images, Matrix, figure, image_axes
 from transfuse.report.schema import Arm, CurvePoint, LossTerm, Report
 
 Json = dict[str, Any]
@@ -76,10 +77,11 @@ def styles(report: Report) -> dict[str, Style]:
 
 def sections(report: Report) -> dict[str, list[Picture]]:
     """All pictures that the report has data for, under their headings, in reading order."""
-    planned = {
+    planned: dict[str, Sequence[Picture | None]] = {
         "Learning curves": [metric_curves(report), loss_curves(report)],
         "Gain": [arm_gains(report), class_gains(report)],
         "Confidence and disagreement": [calibration(report), disagreement(report)],
+        "Sets, stages and findings": [_panel(report, i) for i in range(len(report.panels))],
         "Loss terms of the method": [loss_terms(report), gradient_norms(report)],
     }
     drawn = {title: [p for p in pictures if p is not None] for title, pictures in planned.items()}
@@ -289,6 +291,27 @@ def disagreement(report: Report) -> Picture | None:
             yaxis=_names_axis(labels, title="source says"),
         ),
     )
+
+
+def _panel(report: Report, number: int) -> Picture:
+    """What the family shows, see :mod:`transfuse.report.panels`."""
+    panel, looks = report.panels[number], styles(report)
+    data, height = figure(panel, {name: look.colour for name, look in looks.items()}, TERM_COLOURS)
+    axes: Json = {"xaxis": _axis(panel.x), "yaxis": _axis(panel.y)}
+    if isinstance(panel, Matrix):
+        names = [[_label(name, 18) for name in side] for side in (panel.columns, panel.rows)]
+        axes["xaxis"] = _names_axis(names[0], title=panel.x, tickangle=-45 if len(names[0]) > 6 else 0)
+        axes["yaxis"] = _names_axis(names[1], title=panel.y)
+    elif isinstance(panel, Bars):
+        groups = [_label(name, 18) for name in panel.groups]
+        axes["xaxis"] = _names_axis(groups, title=panel.x, tickangle=-45 if len(groups) > 6 else 0)
+    elif isinstance(panel, Images):
+        axes = image_axes(panel)
+    named = [trace for trace in data if "name" in trace]
+    legend = [(trace["name"], Style(trace["marker"]["color"], width=4)) for trace in named]
+    for trace in named:
+        trace["name"] = _label(trace["name"])
+    return Picture(f"panel-{number}", panel.title, panel.note, data, _layout(height, **axes), legend)
 
 
 def loss_terms(report: Report) -> Picture | None:

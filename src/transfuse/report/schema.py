@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.files import write_atomically
+from transfuse.report.panels import Panel
 
 Verdict = Literal["arrived", "no effect", "negative transfer", "not compared"]
 Role = Literal["method", "baseline", "control", "method (compared)"]
@@ -66,7 +67,8 @@ class CurvePoint(Part):
 class Run(Part):
     """One training of one arm with one seed. `metrics` may hold accuracy, agreement, kl, ece, nll, ...
 
-    `value` is null where there was no held-out data to measure on.
+    `value` is null where there was no held-out data to measure on. `sets` is the metric on each of several held-out
+    sets (tasks, clients, pools); `stages` the same after each stage of the training.
     """
 
     seed: int
@@ -74,6 +76,8 @@ class Run(Part):
     seconds: float
     steps: int
     metrics: dict[str, float] = {}
+    sets: dict[str, float] = {}
+    stages: list[dict[str, float]] = []
     curve: list[CurvePoint] = []
     warnings: list[str] = []
 
@@ -194,6 +198,7 @@ class Report(Part):
     classes: list[str] | None = None
     per_class_gain: list[ClassGain] | None = None
     disagreement: Disagreement | None = None
+    panels: list[Panel] = []
     cost: Cost
     recipe: dict[str, JsonValue]
     versions: dict[str, str]
