@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.adapt.base import Adaptation, extractor, run_domains, source_labels
-from transfuse.adapt.discriminator import discriminator, flat
+from transfuse.adapt.discriminator import ClassDomains, discriminator, flat, refined
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError, nearest
@@ -97,7 +97,7 @@ class ParetoDA(Adaptation):
         self.layer, self.mode, self.hidden, self.held_out, self.warmup = layer, mode, hidden, held_out, warmup
         self.eps, self.normalise, self.extractor_lr, self.release_mode = eps, normalise, extractor_lr, release_mode
         self.domains: nn.Module | None = None
-        self.class_domains: nn.ModuleList | None = None
+        self.class_domains: ClassDomains | None = None
         for name, size in (("updates", ()), ("guided", ()), ("conflicts", ()), ("dropped", (2,))):
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
         self.updates: Tensor
@@ -125,7 +125,7 @@ class ParetoDA(Adaptation):
     def build(self, source: Outputs, target: Outputs) -> None:
         width, classes = flat(source, self.layer).shape[1], source.logits.shape[1]
         self.domains = discriminator(width, self.hidden)
-        self.class_domains = nn.ModuleList(discriminator(width, self.hidden, 2) for _ in range(classes))
+        self.class_domains = ClassDomains(width, self.hidden, classes)
 
     def streams(self, run: Run) -> dict[str, Stream | Data]:
         data = run.data["data"]
@@ -210,10 +210,9 @@ class ParetoDA(Adaptation):
         return -mutual_information(self._refined(outputs, self._class_domains(outputs)))
 
     def _class_domains(self, outputs: Outputs) -> Tensor:
-        """Logits of every D_k, `(batch, classes, 2)`, for the source and the target domain."""
         assert self.class_domains is not None
-        features = flat(outputs, self.layer).detach()
-        return torch.stack([d(features) for d in self.class_domains], dim=1)
+        logits: Tensor = self.class_domains(flat(outputs, self.layer).detach())
+        return logits
 
     def _refined(self, outputs: Outputs, class_domains: Tensor) -> Tensor:
         return refined(outputs.logits, class_domains, multiply_logits=self.release_mode)
@@ -221,21 +220,6 @@ class ParetoDA(Adaptation):
     def _of_target(self, class_domains: Tensor, refined: Tensor) -> Term:
         rho = refined if self.release_mode else refined.softmax(1)
         return Term.of(-(rho * class_domains.log_softmax(2)[..., 1]).mean(1))
-
-
-def refined(logits: Tensor, class_domains: Tensor, multiply_logits: bool = False) -> Tensor:
-    """Logits of p(k | x, target), by Bayes' rule from p(k | x) and P(target | x, k).
-
-    Args:
-        logits: of the classes, `(batch, classes)`.
-        class_domains: logits of each class's discriminator, `(batch, classes, 2)`; no gradient flows into them.
-        multiply_logits: multiply logits by the probability of the target domain, which is not Bayes' rule.
-
-    Returns:
-        `(batch, classes)`: logarithms of normalised probabilities, except with `multiply_logits`.
-    """
-    target = class_domains.detach().log_softmax(2)[..., 1]
-    return logits * target.exp() if multiply_logits else (logits + target).log_softmax(1)
 
 
 def _of_source(class_domains: Tensor, batch: Batch) -> Term:

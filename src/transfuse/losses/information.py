@@ -28,7 +28,7 @@ def entropy(logits: Tensor) -> Tensor:
     >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
     tensor([0.6931, 0.0000])
     """
-    return _entropy(at_least_float32(classes_last(logits)).log_softmax(-1))
+    return _entropy(_log_probabilities(classes_last(logits)))
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
@@ -42,8 +42,9 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     Raises:
         ValueError: the logits have not two dimensions, or there are no rows.
     """
-    _require_rows(logits)
-    return _entropy(_log_mean(at_least_float32(logits).log_softmax(-1)))
+    if logits.dim() != 2 or not len(logits):
+        raise ValueError(f"predictions must be (batch, classes) with at least one row, found {tuple(logits.shape)}")
+    return _entropy(torch.logsumexp(_log_probabilities(logits), 0) - math.log(len(logits)))
 
 
 def mutual_information(logits: Tensor) -> Tensor:
@@ -70,15 +71,10 @@ def mutual_information(logits: Tensor) -> Tensor:
     return marginal_entropy(logits) - entropy(logits).mean()
 
 
+def _log_probabilities(logits: Tensor) -> Tensor:
+    # Minus infinity times a probability of zero would be NaN; minus a very large number times zero is zero.
+    return at_least_float32(logits).log_softmax(-1).clamp(min=-1e30)
+
+
 def _entropy(log_probabilities: Tensor) -> Tensor:
-    finite = log_probabilities.masked_fill(log_probabilities == -math.inf, 0.0)
-    return -(log_probabilities.exp() * finite).sum(-1)
-
-
-def _log_mean(log_probabilities: Tensor) -> Tensor:
-    return torch.logsumexp(log_probabilities, 0) - math.log(len(log_probabilities))
-
-
-def _require_rows(logits: Tensor) -> None:
-    if logits.dim() != 2 or not len(logits):
-        raise ValueError(f"predictions must be (batch, classes) with at least one row, found {tuple(logits.shape)}")
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
