@@ -8,7 +8,7 @@ from typing import Any
 from domains import source
 from helpers import CNN, Example, images
 
-from transfuse.adapt import DANN, SourceOnly
+from transfuse.adapt import DAN, DANN, MCD, ParetoDA, SourceOnly
 from transfuse.core.method import Method
 
 
@@ -20,4 +20,7 @@ def example(method: Method) -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "SourceOnly": lambda: example(SourceOnly()),
     "DANN": lambda: example(DANN(hidden=8)),
+    "DAN": lambda: example(DAN()),
+    "MCD": lambda: example(MCD(repeats=2)),
+    "ParetoDA": lambda: example(ParetoDA(hidden=8, held_out=0.4, extractor_lr=1.0)),
 }

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transfuse.core.batch import Batch, line_up
@@ -63,10 +63,9 @@ class Adaptation(Method):
     def setup(self, run: Run, sample: Batch | None) -> None:
         batches = samples(run, type(self).__name__)
         try:
-            outputs = run_domains(run, batches["source"], batches["target"])
-            self.build(*outputs)
-            self.to(run.device)
-            self.losses(batches, run)
+            source, target = run_domains(run, batches["source"], batches["target"])
+            source_labels(source.logits, batches["source"])
+            self.build(source, target)
         except TransferError:
             raise
         except ValueError as error:
@@ -79,7 +78,7 @@ class Adaptation(Method):
         """The target's data without its labels, which defines the epoch, and the source's with them."""
         return {"target": run.data["data"].without_labels(), "source": run.data["source"]}
 
-    def trained(self, run: Run) -> list[torch.nn.Parameter]:
+    def trained(self, run: Run) -> list[nn.Parameter]:
         """Everything that moves: the model, and what the method learns on the side."""
         return [*run["target"].parameters(), *self.parameters()]
 
@@ -121,6 +120,15 @@ def samples(run: Run, name: str) -> dict[str, Batch]:
         raise InputError(f"{name} needs data of the target domain: pass data=target_inputs")
     batches = {"target": target.without_labels(), "source": source}
     return {stream: line_up(batch, run.task).to(run.device) for stream, batch in batches.items()}
+
+
+def extractor(run: Run, layer: str, name: str) -> list[nn.Parameter]:
+    """The model's parameters that the features at a layer depend on."""
+    with run.probe():
+        batch = samples(run, name)["source"]
+        params = [p for p in run["target"].parameters() if p.requires_grad]
+        found = torch.autograd.grad(run("target", batch).features[layer].sum(), params, allow_unused=True)
+    return [p for p, gradient in zip(params, found, strict=True) if gradient is not None]
 
 
 def run_domains(run: Run, source: Batch, target: Batch) -> tuple[Outputs, Outputs]:

@@ -161,9 +161,11 @@ class Indexed(Data):
             raise InputError("no sample of this data has a label, so nothing can be learned from labels alone")
         if known.all():
             return self
-        return Indexed(
-            Subset(self._root_dataset(), (torch.arange(self.size)[known]).tolist()), self.adapt, self.collate
-        )
+        return self.subset(known.nonzero().flatten())
+
+    def subset(self, rows: Tensor) -> Indexed:
+        """The samples with these numbers; `index` still holds their ids in the root data set."""
+        return Indexed(Subset(self._root_dataset(), rows.tolist()), self.adapt, self.collate)
 
     def without_labels(self) -> Indexed:
         bare = copy.copy(self)

@@ -5,6 +5,7 @@
 - :mod:`~transfuse.losses.feature`: student against teacher features, one value per sample
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
+- :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -19,8 +20,9 @@ from transfuse.losses.divergence import (
     soft_cross_entropy,
 )
 from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
+from transfuse.losses.information import entropy, marginal_entropy, mutual_information
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
-from transfuse.losses.relation import rkd_angle, rkd_distance
+from transfuse.losses.relation import mmd, rkd_angle, rkd_distance
 from transfuse.losses.supervised import cross_entropy
 
 __all__ = [
@@ -32,10 +34,14 @@ __all__ = [
     "classes_last",
     "cross_entropy",
     "domain_cross_entropy",
+    "entropy",
     "jensen_shannon",
     "kl_divergence",
+    "marginal_entropy",
     "mask_from_lengths",
     "mean_squared_error",
+    "mmd",
+    "mutual_information",
     "next_token",
     "reverse_gradient",
     "rkd_angle",

@@ -1,4 +1,4 @@
-"""Losses between the relations that a student and a teacher see among the samples of a batch.
+"""Losses between the relations that two models see, or that hold in two domains, among the samples of a batch.
 
 They are batch-coupled: a scalar that is not a sum over samples, to be wrapped as `Term(value)` and counted
 once per micro-batch. The two sides may differ in width. Losses on each sample's own features are in
@@ -7,6 +7,8 @@ once per micro-batch. The two sides may differ in width. Losses on each sample's
 Relational knowledge distillation: Park et al., 2019, arXiv:1904.05068. The paper sums over tuples of samples;
 its authors' code averages over the whole table of pairs (batch**2) or triplets (batch**3), including those
 that repeat a sample. So does this module, and weights published with that code carry over.
+
+Maximum mean discrepancy: Gretton et al., JMLR 2012; with several kernels: Long et al., 2015, arXiv:1502.02791.
 """
 
 from __future__ import annotations
@@ -58,6 +60,53 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = _embeddings(student, teacher, fewest=3)
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+
+
+def mmd(source: Tensor, target: Tensor, *, kernels: int = 5, unbiased: bool = False) -> Tensor:
+    """Squared maximum mean discrepancy between two samples, with a mean of Gaussian kernels.
+
+        MMD**2 = mean k(s, s') + mean k(t, t') - 2 mean k(s, t)
+        k(x, y) = mean_i exp(-|x - y|**2 / (2**i * b)),  i = -(kernels // 2), ..., kernels - 1 - kernels // 2
+
+    b is the mean squared distance between different rows of both samples together; no gradient flows through it.
+
+    Args:
+        source: features, `(samples, width)`; further dimensions are flattened.
+        target: features of the same width; the number of samples may differ.
+        kernels: how many bandwidths, each twice the one before.
+        unbiased: leave pairs of a row with itself out of the first two means. The estimate is then right on
+            average, and may be negative. With those pairs it never is, and it is zero between equal samples.
+
+    Returns:
+        Scalar, batch-coupled.
+
+    Raises:
+        ValueError: widths differ, or a sample has no row (two are needed without bias).
+    """
+    fewest = 2 if unbiased else 1
+    if min(source.dim(), target.dim()) < 2 or source.shape[1:] != target.shape[1:]:
+        raise ValueError(
+            f"two samples of one feature are compared, found {tuple(source.shape)} (source) and "
+            f"{tuple(target.shape)} (target): they may differ in the number of samples only"
+        )
+    if min(len(source), len(target)) < fewest or kernels < 1:
+        raise ValueError(f"mmd needs {fewest} sample(s) on each side, found {len(source)} and {len(target)}")
+    rows = torch.cat([at_least_float32(source).flatten(1), at_least_float32(target).flatten(1)])
+    # The matrix-product form of cdist is faster, but wrong by rounding for rows that are close.
+    squares = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    mean = squares.detach().sum() / (len(rows) * (len(rows) - 1))
+    mean = mean.masked_fill(mean == 0, 1.0)
+    similar = torch.stack([(-squares / (2.0**i * mean)).exp() for i in _octaves(kernels)]).mean(0)
+    n, m = len(source), len(target)
+    here, there, across = similar[:n, :n], similar[n:, n:], similar[:n, n:].mean()
+    if unbiased:
+        return (here.sum() - n) / (n * (n - 1)) + (there.sum() - m) / (m * (m - 1)) - 2 * across
+    value = here.mean() + there.mean() - 2 * across
+    return value - value.detach().clamp(max=0)  # rounding may end below zero; the gradient is right even then
+
+
+def _octaves(kernels: int) -> range:
+    return range(-(kernels // 2), kernels - kernels // 2)
 
 
 def _embeddings(student: Tensor, teacher: Tensor, fewest: int) -> tuple[Tensor, Tensor]:
