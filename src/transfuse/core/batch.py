@@ -55,6 +55,10 @@ class Batch(dict[str, Any]):
         """The samples from `start` to `stop`."""
         return Batch(_map(self, lambda t: t[start:stop] if t.dim() else t))
 
+    def take(self, rows: Tensor) -> Batch:
+        """The samples of these rows, in their order."""
+        return Batch(_map(self, lambda t: t[rows] if t.dim() else t))
+
     def without_labels(self) -> Batch:
         """The same batch for those who must not see its labels."""
         return Batch({key: value for key, value in self.items() if key not in LABEL_NAMES})
@@ -101,6 +105,38 @@ class Batch(dict[str, Any]):
         if not rest:
             raise InputError(f"a batch with the keys {', '.join(item)} holds no input tensor")
         return cls(batch, inputs=rest)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The samples of several batches in one, with the keys that all of them have.
+
+    Token sequences of different length are padded on the right; an `attention_mask` among the inputs then says so.
+
+    Raises:
+        InputError: inputs differ in their names or shapes, or tokens in length without a mask that could tell.
+    """
+    first = batches[0]
+    keys = [key for key in first if all(key in batch for batch in batches)]
+    return Batch({key: _joined(key, [batch[key] for batch in batches]) for key in keys})
+
+
+def _joined(key: str, values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        names = [list(value) if isinstance(value, Mapping) else None for value in values]
+        if any(found != names[0] for found in names):
+            raise InputError(f"{key} of the pools are named differently: {', '.join(map(str, names))}")
+        lengths = {value["input_ids"].shape[1] for value in values if "input_ids" in value}
+        if len(lengths) > 1 and "attention_mask" not in values[0]:
+            raise InputError(f"rows of {sorted(lengths)} tokens in one batch need an attention_mask that shows padding")
+        return {name: _joined(name, [value[name] for value in values]) for name in values[0]}
+    shapes = {value.shape[1:] for value in values}
+    if len(shapes) > 1:
+        # Only rows of tokens: an image of another size is no padded image.
+        if any(len(shape) != 1 for shape in shapes) or values[0].is_floating_point() or key == "inputs":
+            raise InputError(f"{key} differ in shape, {', '.join(map(str, map(tuple, shapes)))}: bring them to one")
+        fill, length = (IGNORE if key == "labels" else 0), max(shape[0] for shape in shapes)
+        values = [torch.nn.functional.pad(value, (0, length - value.shape[1]), value=fill) for value in values]
+    return torch.cat(list(values))
 
 
 def align_tokens(batch: Batch) -> Batch:
