@@ -19,7 +19,8 @@ from transfuse.discover.heads import Prototypes
 from transfuse.losses import IGNORE, Term
 from transfuse.losses.clustering import balanced_assignment, gated_relation
 
-TEACHER = "teacher"
+TEACHER = "source.teacher"
+"""A source like any other, so that a control run can shuffle what it says."""
 
 
 class CrKD(Discovery):

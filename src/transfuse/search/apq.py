@@ -159,6 +159,10 @@ class APQ(Search):
         codes = Stream(scored, batch_size=min(run.training.batch_size, len(self.scored[name])))
         return Stage({"codes": codes}, [phase], steps=self._updates(run))
 
+    def _best(self, run: Run) -> Spec:
+        """The network that was found."""
+        return self.supernet(run).space.decode(self.scored["best"])
+
     def search(self, net: ElasticNet, generator: torch.Generator) -> Spec:
         """The network with the highest predicted accuracy within the budget."""
         return evolve(
@@ -197,7 +201,7 @@ class APQ(Search):
 
     def _final(self, batches: Batches, run: Run) -> Losses:
         net = self.supernet(run)
-        with net.using(net.space.decode(self.scored["best"])):
+        with net.using(self._best(run)):
             return {"labels": labels_term(run("target", batches["train"]).logits, batches["train"])}
 
     def _prediction(self, batches: Batches, run: Run) -> Losses:
@@ -211,8 +215,11 @@ class APQ(Search):
         return (p for name, p in self.predictor.named_parameters() if i == 2 or not name.startswith("bits."))
 
     def _weights(self, i: int, run: Run) -> list[nn.Parameter]:
-        """The supernet's parameters; bounds of quantised activations only where something is quantised."""
-        return [p for name, p in run["target"].named_parameters() if i == 3 or ".clips." not in name]
+        """What a stage moves of the supernet: in the final one only blocks in use, and the bounds of activations."""
+        depth = self._best(run).depth if i == 3 else self.supernet(run).space.blocks
+        skipped = tuple(f"blocks.{n}." for n in range(depth, self.supernet(run).space.blocks))
+        named = run["target"].named_parameters()
+        return [p for name, p in named if (i == 3 or ".clips." not in name) and not name.startswith(skipped)]
 
     def _updates(self, run: Run) -> int:
         """A tenth of the caller's budget, for each of the predictors."""
@@ -256,7 +263,7 @@ class APQ(Search):
     def end_stage(self, i: int, run: Run) -> None:
         if i in (0, 3):
             net = self.supernet(run)
-            with net.using(net.space.decode(self.scored["best"]) if i == 3 else net.space.largest()):
+            with net.using(self._best(run) if i == 3 else net.space.largest()):
                 recalibrate(net, self._calibration_batches(run))
 
 
