@@ -24,6 +24,7 @@ from transfuse.datasets.fashion_variants import (
 from transfuse.datasets.folder import image_folder
 from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
+from transfuse.datasets.messages import messages
 from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
@@ -48,6 +49,7 @@ __all__ = [
     "hf_dataset",
     "image_folder",
     "load",
+    "messages",
     "rotated_fashion",
     "shifted_fashion",
     "table",
@@ -69,6 +71,7 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "table": table,
     "hf": hf_dataset,
     "text": byte_text,
+    "messages": messages,
 }
 """Loaders by the name that a recipe gives them."""
 
