@@ -10,7 +10,7 @@ from transfuse.adapt import DAN, DANN, MCD, ParetoDA, SourceOnly
 from transfuse.datasets import rotated_fashion
 from transfuse.models import SmallCNN
 
-UPDATES = 400
+UPDATES = 250
 SETTINGS: dict[str, Any] = {"hidden": 64, "warmup": UPDATES / 10, "extractor_lr": 1.0}
 """The network is not pretrained, and its warm start is that of DANN's default gamma for so many updates."""
 TURNED = partial(rotated_fashion, angle=40.0, source=4000, target=4000, side=14)

@@ -21,7 +21,7 @@ ARMS = {
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Mapping[str, float]]:
     """The share of updates in which d . g_j < 0 for some objective j, and what the solver did meanwhile."""
-    splits, steps = TURNED(), 4 if smoke else 200
+    splits, steps = TURNED(), 4 if smoke else 100
     return {arm: _counted(method, splits, {**TRAINING, "steps": steps}, seed) for arm, method in ARMS.items()}
 
 
