@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from transfuse.adapt import DANN, Adaptation, SourceOnly
-from transfuse.adapt.base import run_domains
+from transfuse.adapt.base import extractor, run_domains
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, MethodError, ShapeError
@@ -106,6 +106,23 @@ def test_both_domains_go_through_the_model_in_one_pass():
     assert torch.allclose(torch.cat([first.logits, second.logits]), whole)
     assert first.features["penultimate"].shape == (5, 8) and second.features["penultimate"].shape == (7, 8)
     assert [f.shape[0] for f in second.features["layer*"]] == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers"),
+    [("penultimate", ["layer1", "norm", "layer2"]), ("norm", ["layer1", "norm"]), ("layer1", ["layer1"])],
+)
+def test_the_extractor_is_all_that_the_features_depend_on(layer, layers):
+    model = CNN(norm=True, dropout=0.5)
+    model.layer1.bias.requires_grad_(False)
+    run = Run({"target": model}, domains())
+    run.install({"target": [layer]})
+    run.set_modes({"target"})
+    before, state = digest(model), torch.get_rng_state()
+    found = {n for n, p in model.named_parameters() if any(p is q for q in extractor(run, layer, "DANN"))}
+    assert found == {n for n, p in model.named_parameters() if n.split(".")[0] in layers and p.requires_grad}
+    assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_token_sequences_of_different_length_are_padded_to_one():

@@ -21,14 +21,29 @@ def flat(outputs: Outputs, layer: str) -> Tensor:
     return features.flatten(1)
 
 
-class ClassDomains(nn.ModuleList):
-    """A discriminator per class: from features `(batch, width)` to logits `(batch, classes, 2)` of the two domains."""
+class ClassDomains(nn.Module):
+    """A discriminator per class: from features `(batch, width)` to logits `(batch, classes, 2)` of the two domains.
+
+    Each is a perceptron like that of :func:`discriminator`; all are computed at once.
+    """
 
     def __init__(self, width: int, hidden: int, classes: int):
-        super().__init__(discriminator(width, hidden, 2) for _ in range(classes))
+        super().__init__()
+        sizes = ((width, hidden), (hidden, hidden), (hidden, 2))
+        self.classes = classes
+        self.weights = nn.ParameterList(_uniform(classes, i, o, inputs=i) for i, o in sizes)
+        self.biases = nn.ParameterList(_uniform(classes, 1, o, inputs=i) for i, o in sizes)
 
     def forward(self, features: Tensor) -> Tensor:
-        return torch.stack([of_class(features) for of_class in self], dim=1)
+        values = features.expand(self.classes, *features.shape)
+        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            values = torch.baddbmm(bias, values if number == 0 else values.relu(), weight)
+        return values.transpose(0, 1)
+
+
+def _uniform(*shape: int, inputs: int) -> nn.Parameter:
+    """Initial values as in :class:`torch.nn.Linear`."""
+    return nn.Parameter(torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5))
 
 
 def refined(logits: Tensor, class_domains: Tensor, multiply_logits: bool = False) -> Tensor:

@@ -63,11 +63,12 @@ class ParetoDA(Adaptation):
         DivergenceError: a gradient is not finite.
         ShapeError: source labels are out of the model's range, or the domains' inputs differ in shape.
 
-    Source: Lv et al., NeurIPS 2021, "Pareto Domain Adaptation".
+    Source: Lv et al., NeurIPS 2021, arXiv:2112.04137.
     """
 
     card = Card(
         paper="Lv et al., NeurIPS 2021",
+        arxiv="2112.04137",
         sheet=156,
         carries="gradients",
         teacher="data",
@@ -152,15 +153,15 @@ class ParetoDA(Adaptation):
         strength = 2 / (1 + math.exp(-run.clock.step / self.warmup)) - 1
         here, there = (self.domains(reverse_gradient(flat(o, self.layer), strength)) for o in (source, target))
         source_domains, target_domains = (self._class_domains(o) for o in (source, target))
-        refined = self._refined(target, target_domains)
+        rho = self._refined(target, target_domains)
         return {
             "labels": source_labels(source.logits, batches["source"]),
             "source domain": 0.5 * Term.of(domain_cross_entropy(here, target=False), unit="source/sample"),
             "target domain": 0.5 * Term.of(domain_cross_entropy(there, target=True)),
-            "surrogate": 0.0 * Term(-mutual_information(refined)),
+            "surrogate": 0.0 * Term(-mutual_information(rho)),
             "guide": 0.0 * Term(self._guide(batches, run)),
             "source class domain": _of_source(source_domains, batches["source"]),
-            "target class domain": self._of_target(target_domains, refined.detach()),
+            "target class domain": self._of_target(target_domains, rho.detach()),
         }
 
     def direction(self, rows: dict[str, list[Tensor]], run: Run) -> list[Tensor]:
@@ -168,9 +169,7 @@ class ParetoDA(Adaptation):
         alignment = [(s + t) / 2 for s, t in zip(rows["source domain"], rows["target domain"], strict=True)]
         objectives = [rows["labels"], alignment, rows["surrogate"]]
         products, count = gram([*objectives, rows["guide"]]), len(objectives)
-        weights, follow, dropped = self._solve(
-            products, float(run.values["guide"]), classes=len(self.class_domains or ())
-        )
+        weights, follow, dropped = self._solve(products, float(run.values["guide"]))
         slopes = products[:count, :count] @ weights
         conflict = bool((slopes < -1e-8 * products.abs().max()).any())
         self._did = follow, conflict, dropped  # applied once the update is done
@@ -184,23 +183,23 @@ class ParetoDA(Adaptation):
         if dropped:
             self.dropped[dropped - 1] += 1
 
-    def _solve(self, products: Tensor, value: float, classes: int) -> tuple[Tensor, bool, int]:
+    def _solve(self, products: Tensor, guide: float) -> tuple[Tensor, bool, int]:
         """One weight per objective, whether the guide was followed, and what had to be dropped."""
+        assert self.class_domains is not None
         count = len(products) - 1
-        length = products.diagonal()[:count].sqrt()
-        scale = (
-            length.mean() / length.masked_fill(length == 0, torch.inf) if self.normalise else torch.ones_like(length)
-        )
-        poor = value if self.release_mode else math.log(classes) + value
-        follow = self.mode == "guidance" or (self.mode == "auto" and poor > self.eps)
+        scale = torch.ones(count, dtype=products.dtype)
+        if self.normalise:
+            length = products.diagonal()[:count].sqrt()
+            scale = length.mean() / length.masked_fill(length == 0, torch.inf)
         if self.mode == "fixed":
             return scale, False, 0
+        poor = guide if self.release_mode else math.log(self.class_domains.classes) + guide
+        follow = self.mode == "guidance" or (self.mode == "auto" and poor > self.eps)
         scaled = products[:count, :count] * scale[:, None] * scale
         weights, dropped = guided_descent(scaled, products[:count, count] * scale, follow)
         if self.release_mode:
             weights = torch.ones_like(weights) if dropped else weights
-            weights = count * weights + torch.tensor([1.0, 1.0, 0.0], dtype=weights.dtype)
-            return weights * scale, follow, dropped
+            weights = weights + torch.tensor([1.0, 1.0, 0.0], dtype=weights.dtype) / count
         return count * weights * scale, follow, dropped
 
     def _guide(self, batches: Batches, run: Run) -> Tensor:
@@ -217,8 +216,9 @@ class ParetoDA(Adaptation):
     def _refined(self, outputs: Outputs, class_domains: Tensor) -> Tensor:
         return refined(outputs.logits, class_domains, multiply_logits=self.release_mode)
 
-    def _of_target(self, class_domains: Tensor, refined: Tensor) -> Term:
-        rho = refined if self.release_mode else refined.softmax(1)
+    def _of_target(self, class_domains: Tensor, rho: Tensor) -> Term:
+        """Every target sample, seen by all the discriminators as much as it may be of their class."""
+        rho = rho if self.release_mode else rho.softmax(1)
         return Term.of(-(rho * class_domains.log_softmax(2)[..., 1]).mean(1))
 
 

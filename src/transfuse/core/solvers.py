@@ -26,7 +26,7 @@ class Weights(NamedTuple):
 
     Attributes:
         weights: `(m,)`, on the simplex.
-        dropped: how many constraints' groups were given up: 0 none, 1 the guidance, 2 all (uniform weights).
+        dropped: what was given up: 0 nothing, 1 the constraint of the guide, 2 all constraints (uniform weights).
     """
 
     weights: Tensor
