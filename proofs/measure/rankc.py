@@ -74,9 +74,7 @@ def trial(seed: int, smoke: bool) -> dict[str, dict[str, float]]:
     """Train on five languages, measure RankC of English with each, edit English facts, look for them elsewhere."""
     draw = torch.Generator().manual_seed(seed)
     stated, asked = facts(draw)
-    tokenizer = Words(
-        [p.format("") for ps in PROMPTS.values() for p in ps] + [t for t, _ in stated] + flat(WORDS.values())
-    )
+    tokenizer = Words([*stated, *(word for words in WORDS.values() for word in words)])
     data = masked(tokenizer, stated, copies=2 if smoke else 6, draw=draw)
     training = {"steps": 5} if smoke else {"epochs": 14}
     model: Any = transfer(
@@ -141,9 +139,7 @@ def facts(draw: torch.Generator) -> tuple[list[str], dict[str, list[Cloze]]]:
     return stated, asked
 
 
-def masked(
-    tokenizer: Words, stated: Sequence[tuple[str, int]], copies: int, draw: torch.Generator
-) -> dict[str, Tensor]:
+def masked(tokenizer: Words, stated: Sequence[str], copies: int, draw: torch.Generator) -> dict[str, Tensor]:
     """Sentences with 15 % of their words masked, and the section, which comes last, half the time."""
     rows = [tokenizer(text)["input_ids"] for text in stated] * copies
     longest = max(map(len, rows))
