@@ -111,6 +111,7 @@ def mmd(source: Tensor, target: Tensor, *, kernels: int = 5, unbiased: bool = Fa
 def _octaves(kernels: int) -> range:
     return range(-(kernels // 2), kernels - kernels // 2)
 
+
 def distance_correlation(one: Tensor, other: Tensor) -> Tensor:
     """Squared distance correlation, biased: `mean(A * B) / sqrt(mean(A * A) * mean(B * B))`.
 
