@@ -93,6 +93,18 @@ def test_a_measurement_is_json() -> None:
     assert found.tables["t"]["x", "y"] == 1 and found["a"] == 1.5
 
 
+def test_a_report_can_show_it() -> None:
+    from pydantic import TypeAdapter
+
+    from transfuse.report.panels import Images, Matrix, Panel
+
+    table = Table(("x",), ("y", "z"), torch.tensor([[1.0, torch.nan]]))
+    found = Measurement("M()", tables={"t": table}, images={"i": torch.rand(20, 3, 2)}, notes=["so it is"]).panels()
+    matrix, images = (TypeAdapter(Panel).validate_python(panel) for panel in found)
+    assert isinstance(matrix, Matrix) and matrix.values == [[1.0, None]] and matrix.note == "so it is."
+    assert isinstance(images, Images) and len(images.images) == 8 and len(images.images[0].pixels) == 3
+
+
 def test_tables_have_names_for_all_their_numbers() -> None:
     with pytest.raises(ShapeError, match="1 rows and 1 columns cannot hold values of shape \\(2, 1\\)"):
         Table(("x",), ("y",), torch.zeros(2, 1))

@@ -20,6 +20,9 @@ from transfuse.core.probe import no_trace
 from transfuse.core.streams import Draw, as_data
 from transfuse.measure.interval import Interval
 
+SHOWN = 8
+"""How many images of a kind a report's panel has."""
+
 
 class Measure(ABC):
     """A way to look at models and data that says something about a transfer, and changes nothing.
@@ -124,6 +127,21 @@ class Measurement:
             "images": {name: _pixels(image) for name, image in self.images.items()},
             "notes": list(self.notes),
         }
+
+    def panels(self) -> list[dict[str, Any]]:
+        """The tables and the first images for a report, in the shape of `transfuse.report.panels`."""
+        note = " ".join(f"{n}." for n in self.notes)
+        found = [
+            {"kind": "matrix", "title": f"{self.measure}: {name}", "note": note, **table.as_dict()}
+            for name, table in self.tables.items()
+        ]
+        for name, images in self.images.items():
+            shown = [
+                {"title": str(i), "pixels": [[_number(v) or 0.0 for v in row] for row in image.tolist()]}
+                for i, image in enumerate(images[:SHOWN])
+            ]
+            found.append({"kind": "images", "title": f"{self.measure}: {name}", "note": note, "images": shown})
+        return found
 
 
 def batches(data: Any, batch_size: int, device: torch.device | None = None) -> Iterator[Batch]:
