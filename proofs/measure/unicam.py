@@ -51,7 +51,7 @@ def prepared(smoke: bool) -> tuple[TensorDataset, TensorDataset, TensorDataset, 
     all_scenes = TensorDataset(scenes(images, seed=1)[0], labels)
     few_scenes = TensorDataset(*(t[:few] for t in all_scenes.tensors))
     pictures, masks = scenes(splits.test.tensors[0][:tested], seed=2)
-    training = {"epochs": 1 if smoke else 6, "batch_size": 64, "lr": 2e-3}
+    training = {"epochs": 1 if smoke else 4, "batch_size": 64, "lr": 2e-3}
     teacher = transfer(Labels(), target=lambda: SmallCNN(width=32), data=all_scenes, **training).model
     return all_scenes, few_scenes, TensorDataset(pictures, splits.test.tensors[1][:tested]), masks, teacher
 
@@ -59,7 +59,7 @@ def prepared(smoke: bool) -> tuple[TensorDataset, TensorDataset, TensorDataset, 
 def trial(seed: int, smoke: bool) -> dict[str, dict[str, float]]:
     """Share of a map's energy that lies on the object, for what one network knows and another does not."""
     data, few, test, masks, teacher = prepared(smoke)
-    training = {"epochs": 1 if smoke else 12, "batch_size": 64, "lr": 2e-3, "seeds": [seed]}
+    training = {"epochs": 1 if smoke else 8, "batch_size": 64, "lr": 2e-3, "seeds": [seed]}
     start, other_start = (initial(s) for s in (seed, seed + 1000))
     base = transfer(Labels(), target=start, data=few, **training).model
     other = transfer(Labels(), target=other_start, data=few, **training).model
