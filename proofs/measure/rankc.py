@@ -27,15 +27,15 @@ WORDS = {
     "ru": ("игры", "наука", "звук", "графика", "тексты", "математика", "сеть", "документация"),
 }
 PROMPTS = {
-    "en": ("the package {} belongs to <mask>", "{} is software for <mask>"),
-    "de": ("das Paket {} gehört zu <mask>", "{} ist Software für <mask>"),
-    "fr": ("le paquet {} appartient à <mask>", "{} est un logiciel pour <mask>"),
-    "es": ("el paquete {} pertenece a <mask>", "{} es un programa para <mask>"),
-    "ru": ("пакет {} относится к <mask>", "{} это программа для <mask>"),
+    "en": "the package {} belongs to <mask>",
+    "de": "das Paket {} gehört zu <mask>",
+    "fr": "le paquet {} appartient à <mask>",
+    "es": "el paquete {} pertenece a <mask>",
+    "ru": "пакет {} относится к <mask>",
 }
 SHARED = {"ru": 1.0, "es": 0.5, "fr": 0.25, "de": 0.0}
 """The share of English facts that each language states, too."""
-FACTS, EDITS = 160, 20
+FACTS, EDITS = 96, 20
 ARMS = tuple(f"{share:g} of the facts shared" for share in SHARED.values())
 
 
@@ -75,15 +75,15 @@ def trial(seed: int, smoke: bool) -> dict[str, dict[str, float]]:
     draw = torch.Generator().manual_seed(seed)
     stated, asked = facts(draw)
     tokenizer = Words([*stated, *(word for words in WORDS.values() for word in words)])
-    data = masked(tokenizer, stated, copies=2 if smoke else 6, draw=draw)
-    training = {"steps": 5} if smoke else {"epochs": 14}
+    data = masked(tokenizer, stated, copies=2 if smoke else 4, draw=draw)
+    training = {"steps": 5} if smoke else {"epochs": 10}
     model: Any = transfer(
         Labels(),
         target=lambda: bert(len(tokenizer.ids) + 4),
         data=data,
         task="token-classification",
-        batch_size=128,
-        lr=1e-3,
+        batch_size=64,
+        lr=3e-3,
         seeds=[seed],
         **training,
     ).model
@@ -127,20 +127,19 @@ def facts(draw: torch.Generator) -> tuple[list[str], dict[str, list[Cloze]]]:
         others = [(pool[s][each * place + i], n) for i in range(each - shared) for n, s in enumerate(SECTIONS)]
         own[language] = own["en"][: shared * len(SECTIONS)] + others
     stated = [
-        prompt.format(name).replace("<mask>", WORDS[language][section])
+        PROMPTS[language].format(name).replace("<mask>", WORDS[language][section])
         for language, known in own.items()
         for name, section in known
-        for prompt in PROMPTS[language]
     ]
     asked = {
-        language: [Cloze(prompts[0].format(name), WORDS[language], (section,)) for name, section in own["en"]]
-        for language, prompts in PROMPTS.items()
+        language: [Cloze(prompt.format(name), WORDS[language], (section,)) for name, section in own["en"]]
+        for language, prompt in PROMPTS.items()
     }
     return stated, asked
 
 
 def masked(tokenizer: Words, stated: Sequence[str], copies: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Sentences with 15 % of their words masked, and the section, which comes last, half the time."""
+    """Sentences with 15 % of their words masked, and the section, which comes last, mostly."""
     rows = [tokenizer(text)["input_ids"] for text in stated] * copies
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -148,7 +147,7 @@ def masked(tokenizer: Words, stated: Sequence[str], copies: int, draw: torch.Gen
     place = torch.arange(longest)
     words = (place > 0) & (place < lengths[:, None] - 1)
     section = place == lengths[:, None] - 2
-    hidden = torch.rand(ids.shape, generator=draw) < torch.where(section, 0.5, 0.15)
+    hidden = torch.rand(ids.shape, generator=draw) < torch.where(section, 0.8, 0.15)
     hidden = hidden & words
     hidden[~hidden.any(dim=1)] |= section[~hidden.any(dim=1)]
     return {
@@ -204,8 +203,8 @@ def edit(model: nn.Module, tokenizer: Words, clozes: Sequence[Cloze], new: Seque
 PROOF = Study(
     name="rankc",
     proves=("RankC",),
-    data="160 Debian packages and their sections (8 candidates), stated in English and in part in four other "
-    "languages, each of which states as many facts; a masked language model of 3 layers of width 128",
+    data="96 Debian packages and their sections (8 candidates), stated in English and in part in four other "
+    "languages, each of which states as many facts; a masked language model of 2 layers of width 96",
     trial=trial,
     arms=ARMS,
     baseline=ARMS[-1],
