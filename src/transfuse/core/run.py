@@ -15,8 +15,9 @@ from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, MethodError, nearest
-from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision, modes_kept
+from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision
 from transfuse.core.phases import Phase
+from transfuse.core.probe import no_trace
 from transfuse.core.streams import Data
 from transfuse.core.sync import Sync
 from transfuse.core.taps import Stopped, Swap, Taps
@@ -177,22 +178,10 @@ class Run:
 
     @contextmanager
     def probe(self) -> Iterator[None]:
-        """Work on the models and leave no trace: buffers, modes, gradients and random numbers are put back."""
-        buffers = [(b, b.clone()) for model in self.roles.values() for b in model.buffers()]
-        params = [p for model in self.roles.values() for p in model.parameters()]
-        grads = [p.grad for p in params]
-        for p in params:
-            p.grad = None
+        """Work on the models and leave no trace: see :func:`transfuse.core.probe.no_trace`."""
         seed = rng.derive(self.seed, "probe", self.clock.stage, self.clock.step)
-        try:
-            with modes_kept(*self.roles.values()), rng.scope(seed):
-                yield
-        finally:
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+        with no_trace(*self.roles.values(), seed=seed):
+            yield
 
     def note(self, name: str, value: float, weight: float = 0.0) -> None:
         """Put a number of a pass without gradients into the learning curve; it adds to the loss by its weight."""

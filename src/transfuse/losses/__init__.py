@@ -22,7 +22,16 @@ from transfuse.losses.divergence import (
 from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
-from transfuse.losses.relation import mmd, rkd_angle, rkd_distance
+from transfuse.losses.relation import (
+    distance_correlation,
+    mmd,
+    rkd_angle,
+    rkd_distance,
+    u_centred,
+    u_correlation,
+    u_product,
+    u_removed,
+)
 from transfuse.losses.supervised import cross_entropy
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "attention_transfer",
     "classes_last",
     "cross_entropy",
+    "distance_correlation",
     "domain_cross_entropy",
     "entropy",
     "jensen_shannon",
@@ -48,4 +58,8 @@ __all__ = [
     "rkd_distance",
     "skew_kl",
     "soft_cross_entropy",
+    "u_centred",
+    "u_correlation",
+    "u_product",
+    "u_removed",
 ]

@@ -9,6 +9,9 @@ its authors' code averages over the whole table of pairs (batch**2) or triplets 
 that repeat a sample. So does this module, and weights published with that code carry over.
 
 Maximum mean discrepancy: Gretton et al., JMLR 2012; with several kernels: Long et al., 2015, arXiv:1502.02791.
+
+Distance correlation: Székely, Rizzo and Bakirov, 2007; unbiased and partial: Székely and Rizzo, 2014,
+arXiv:1310.2926. The biased and the unbiased one are different numbers, never to be compared with each other.
 """
 
 from __future__ import annotations
@@ -109,6 +112,76 @@ def _octaves(kernels: int) -> range:
     return range(-(kernels // 2), kernels - kernels // 2)
 
 
+def distance_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Squared distance correlation, biased: `mean(A * B) / sqrt(mean(A * A) * mean(B * B))`.
+
+    A and B are the distances within each side, less the means of their row and column, plus the mean of all. It is 1
+    for one set of points and itself (turned, moved or scaled), and above 0 for independent ones, the more the fewer
+    samples there are. No root is taken of the quotient.
+
+    Args:
+        one, other: features of the same samples, `(samples, features)`, each of any width.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        ValueError: samples differ, or there are fewer than two.
+    """
+    one, other = _embeddings(one, other, fewest=2)
+    a, b = (_double_centred(_distances(side)) for side in (one, other))
+    return (a * b).mean() / ((a * a).mean() * (b * b).mean() + _TINY).sqrt()
+
+
+def u_centred(features: Tensor) -> Tensor:
+    """Distances between samples, centred so that their products are free of bias (U-centring).
+
+    P_ij = D_ij - sum_l D_lj / (n-2) - sum_l D_il / (n-2) + sum_kl D_kl / ((n-1)(n-2)) off the diagonal, P_ii = 0
+
+    Args:
+        features: `(samples, features)`; further dimensions are flattened.
+
+    Returns:
+        `(samples, samples)`, rows and columns add up to 0. Rows that coincide give each other no gradient.
+
+    Raises:
+        ValueError: fewer than four samples.
+    """
+    n = len(features)
+    if features.dim() < 2 or n < 4:
+        raise ValueError(f"U-centring needs features of 4 samples or more, found the shape {tuple(features.shape)}")
+    distances = _distances(at_least_float32(features).flatten(1))
+    sums = distances.sum(dim=0)
+    centred = distances - (sums[None, :] + sums[:, None]) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
+    return centred * (1 - torch.eye(n, dtype=centred.dtype, device=centred.device))
+
+
+def u_product(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product of U-centred distances, `sum_ij P_ij Q_ij / (n (n-3))`: 0 on average for independent features."""
+    n = len(one)
+    return (one * other).sum() / (n * (n - 3))
+
+
+def u_removed(one: Tensor, other: Tensor) -> Tensor:
+    """What is left of U-centred distances without the part along others: `P - <P, Q> / <Q, Q> Q`.
+
+    A remainder as small as rounding in single precision becomes exactly 0; if Q is 0, all of P is left.
+
+    Args:
+        one, other: P and Q, `(samples, samples)`, as :func:`u_centred` makes them.
+    """
+    left = one - u_product(one, other) / (u_product(other, other) + _TINY) * other
+    return left * (u_product(left, left) > _ROUNDING**2 * u_product(one, one))
+
+
+def u_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Correlation of U-centred distances, `<P, Q> / sqrt(<P, P> <Q, Q>)` in [-1, 1]; 0 where one of them is 0."""
+    return u_product(one, other) / (u_product(one, one) * u_product(other, other) + 1e-18).sqrt()
+
+
+_TINY, _ROUNDING = 1e-12, 1e-5
+
+
 def _embeddings(student: Tensor, teacher: Tensor, fewest: int) -> tuple[Tensor, Tensor]:
     if min(student.dim(), teacher.dim()) < 2 or len(student) != len(teacher):
         raise ValueError(
@@ -123,9 +196,18 @@ def _embeddings(student: Tensor, teacher: Tensor, fewest: int) -> tuple[Tensor, 
     return at_least_float32(student).flatten(1), at_least_float32(teacher).flatten(1)
 
 
-def _relative_distances(rows: Tensor) -> Tensor:
+def _distances(rows: Tensor) -> Tensor:
     # The matrix-product form of cdist is faster, but wrong by rounding for rows that are close.
-    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _double_centred(distances: Tensor) -> Tensor:
+    rows = distances.mean(dim=1, keepdim=True)
+    return distances - rows - rows.mT + rows.mean()
+
+
+def _relative_distances(rows: Tensor) -> Tensor:
+    distances = _distances(rows)
     mean = distances.sum() / (len(rows) * (len(rows) - 1))
     return distances / mean.masked_fill(mean == 0, 1.0)
 

@@ -1,0 +1,1 @@
+"""Proofs of the measures in :mod:`transfuse.measure`."""
