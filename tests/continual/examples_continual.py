@@ -1,0 +1,63 @@
+"""Tiny runs of every method of the family, and the tasks that its tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from helpers import Example
+from torch import Tensor, nn
+
+from transfuse.continual import ADAM, CUBER, EWC, GPM, TRGP, FineTune, LwF, Replay, SimpleCIL
+from transfuse.continual.base import Learner
+
+SIDE = 6
+Task = tuple[Tensor, Tensor]
+
+
+def tasks(classes: Sequence[Sequence[int]] = ((0, 1), (1, 2), (3, 4)), count: int = 12, seed: int = 0) -> list[Task]:
+    """For each task `count` images per class: a pattern of the class, and noise; labels are global."""
+    draw = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(1 + max(map(max, classes)), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(99))
+    found = []
+    for group in classes:
+        labels = torch.tensor(group).repeat_interleave(count)
+        found.append((patterns[labels] + 0.5 * torch.randn(len(labels), 1, SIDE, SIDE, generator=draw), labels))
+    return found
+
+
+class Net(nn.Module):
+    """Convolution, batch normalisation, linear layer and head `fc`, all but the norm without biases if asked."""
+
+    def __init__(self, classes: int = 5, norm: bool = True, bias: bool = True, dropout: float = 0.2, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=bias)
+            self.norm: nn.Module = nn.BatchNorm2d(4) if norm else nn.Identity()
+            self.linear = nn.Linear(36, 8, bias=bias)
+            self.drop = nn.Dropout(dropout)
+            self.fc = nn.Linear(8, classes, bias=bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.conv(images)).relu()
+        return self.fc(self.drop(self.linear(x.flatten(1)).relu()))
+
+
+def example(method: Learner, net: nn.Module | None = None) -> Example:
+    data = tasks()
+    options = {"steps": 4, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
+    return Example(method, Net() if net is None else net, data=data, test=tasks(seed=1), options=options)
+
+
+EXAMPLES: dict[str, Callable[[], Example]] = {
+    "FineTune": lambda: example(FineTune()),
+    "EWC": lambda: example(EWC(samples=6)),
+    "LwF": lambda: example(LwF()),
+    "Replay": lambda: example(Replay(per_class=2, batch=4)),
+    "GPM": lambda: example(GPM(threshold=0.9)),
+    "TRGP": lambda: example(TRGP(eps1=0.1, threshold=0.9)),
+    "CUBER": lambda: example(CUBER(eps1=0.1, threshold=0.9)),
+    "SimpleCIL": lambda: example(SimpleCIL()),
+    "ADAM": lambda: example(ADAM()),
+}
