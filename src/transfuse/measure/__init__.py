@@ -16,6 +16,14 @@ from transfuse.measure.classification import (
     per_class_accuracy,
     per_class_gain,
 )
+from transfuse.measure.continual import (
+    average_accuracy,
+    backward_transfer,
+    final_accuracy,
+    forgetting,
+    forward_transfer,
+    result_matrix,
+)
 from transfuse.measure.cost import Cost, cost
 from transfuse.measure.fidelity import agreement, disagreement, held_out_kl
 from transfuse.measure.interval import Interval, bootstrap, paired
@@ -38,16 +46,22 @@ __all__ = [
     "Interval",
     "Reliability",
     "agreement",
+    "average_accuracy",
+    "backward_transfer",
     "bootstrap",
     "correct",
     "cost",
     "disagreement",
     "expected_calibration_error",
+    "final_accuracy",
+    "forgetting",
+    "forward_transfer",
     "held_out_kl",
     "negative_log_likelihood",
     "paired",
     "per_class_accuracy",
     "per_class_gain",
     "reliability",
+    "result_matrix",
     "verdict",
 ]
