@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from proofs.study import Study
 from transfuse import measure, transfer
 from transfuse.continual import CUBER, EWC, GPM, TRGP, FineTune, Learner, LwF
 from transfuse.datasets import fashion_tasks
-
-from proofs.study import Study
 
 MEMORY = {"threshold": 0.95, "threshold_step": 0.003}
 ARMS: dict[str, Learner] = {

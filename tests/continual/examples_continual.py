@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from transfuse.continual import ADAM, CUBER, EWC, GPM, TRGP, FineTune, LwF, Replay, SimpleCIL
 from transfuse.continual.base import Learner
+from transfuse.core.run import Run
+from transfuse.core.streams import as_data
+from transfuse.core.trainer import Trainer
+from transfuse.core.training import Training
 
 SIDE = 6
 Task = tuple[Tensor, Tensor]
@@ -61,3 +65,29 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "SimpleCIL": lambda: example(SimpleCIL()),
     "ADAM": lambda: example(ADAM()),
 }
+
+
+def trainer(method: Learner, net: nn.Module, data: Sequence[object], **options: object) -> Trainer:
+    """A trainer over a stream of tasks, plain SGD unless told otherwise."""
+    settings = {"batch_size": 8, "optimizer": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}
+    own = {name: options.pop(name) for name in ("folder", "listener", "sync") if name in options}
+    settings |= {"schedule": "constant", "checkpoint_every": 0.0} | options
+    if "epochs" not in settings:
+        settings.setdefault("steps", 6)
+    streams = {str(i): as_data(d) for i, d in enumerate(data)}
+    return Trainer(method, {"target": net}, streams, Training(**settings), **own)
+
+
+def ready(method: Learner, net: nn.Module, data: Sequence[Task]) -> Run:
+    """A run in which a method has been set up and nothing else has happened."""
+    run = Run({"target": net}, {str(i): as_data(d) for i, d in enumerate(data)})
+    run.install(method.wants())
+    run.set_modes(set())
+    with run.probe():
+        method.setup(run, run.data["0"].sample(8))
+    return run
+
+
+def accuracy(model: nn.Module, data: Sequence[Task]) -> list[float]:
+    """On every task."""
+    return [float((model.eval()(x, task=i).argmax(1) == y).float().mean()) for i, (x, y) in enumerate(data)]

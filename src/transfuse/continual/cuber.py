@@ -1,4 +1,4 @@
-"""CUBER: new tasks may change what earlier ones use where that helps both; GPM and TRGP are its first two regimes."""
+"""CUBER: a new task may change what earlier ones use, where that helps both. GPM and TRGP are its first regimes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transfuse.core.phases import Gradients, Losses, Phase
 from transfuse.core.run import Run
 from transfuse.losses import Term
 
-SHIELDED, SCALED, SHARED = 1, 2, 3
+SHIELDED, SCALED, MOVED = 1, 2, 3
 """The regimes of an earlier task in a layer: untouched; read through a scaling; also moved."""
 PARTNERS = 2
 """Earlier tasks that may be read through a scaling in one layer."""
@@ -70,7 +70,7 @@ class CUBER(Learner):
         teacher="tasks",
         data="labelled",
     )
-    regimes: ClassVar[int] = SHARED
+    regimes: ClassVar[int] = MOVED
     """The last regime that is used."""
 
     def __init__(
@@ -126,7 +126,7 @@ class CUBER(Learner):
         for layer, gradient in gradients.items():
             found = torch.tensor(self.detect(layer, task, gradient), dtype=torch.int8)
             self.regime[key(layer, task)] = found.repeat(2, 1)
-            for j in self.those(layer, task, SCALED, SHARED):
+            for j in self.those(layer, task, SCALED, MOVED):
                 rank = self.memory.basis(layer, j).shape[1]
                 self.scalings[key(layer, task, j)] = nn.Parameter(torch.eye(rank).to(gradient))
 
@@ -138,7 +138,7 @@ class CUBER(Learner):
         for j in range(task):
             regime = SHIELDED
             if j in partners and sizes[j] > self.eps1 * float(gradient.norm()):
-                regime = SHARED if self.aligned(layer, j, gradient) else SCALED
+                regime = MOVED if self.aligned(layer, j, gradient) else SCALED
             found.append(min(regime, self.regimes))
         return found
 
@@ -167,7 +167,7 @@ class CUBER(Learner):
         found = {}
         for layer, weight in self.matrices(target).items():
             whole = weight
-            for j in self.those(layer, task, SCALED, SHARED):
+            for j in self.those(layer, task, SCALED, MOVED):
                 basis, scaling = self.memory.basis(layer, j), self.scalings[key(layer, task, j)]
                 whole = whole + weight @ basis @ (scaling - torch.eye(len(scaling)).to(scaling)) @ basis.T
             if whole is not weight:
@@ -179,7 +179,7 @@ class CUBER(Learner):
         moved = [
             self.memory.project(layer, weight - self.start[key(layer)], [j]).norm()
             for layer, weight in self.matrices(run["target"]).items()
-            for j in self.those(layer, task, SHARED)
+            for j in self.those(layer, task, MOVED)
         ]
         if moved:
             terms["moved"] = self.strength * Term(torch.stack(moved).sum())
@@ -200,7 +200,7 @@ class CUBER(Learner):
 
     def demote(self, layer: str, task: int, gradient: Tensor, weight: Tensor) -> None:
         """Take tasks out of R3 that the gradient of the task's own loss does not help any more."""
-        shared = self.those(layer, task, SHARED)
+        shared = self.those(layer, task, MOVED)
         if not shared or not gradient.isfinite().all():
             return
         for j in shared:  # the penalty's part in the gradient
@@ -227,7 +227,7 @@ class CUBER(Learner):
             self.memory.add(layer, task, gram, min(1.0, self.threshold + self.threshold_step * task))
             kept = gradients[layer] @ self.memory.basis(layer, task) if self.compact else gradients[layer]
             self.gradients[key(layer, task)] = kept
-            for j in self.those(layer, task, SCALED, SHARED):
+            for j in self.those(layer, task, SCALED, MOVED):
                 self.scalings[key(layer, task, j)] = self.scalings[key(layer, task, j)].detach()
         matrices = {f"{layer}.weight" for layer in self._layers}
         for name, tensor in (*self.trained(model), *model.named_buffers()):
@@ -272,63 +272,3 @@ class CUBER(Learner):
 
     def deploy(self, target: nn.Module) -> nn.Module:
         return self.deployed(target)
-
-
-class TRGP(CUBER):
-    """Trust-region gradient projection: CUBER without its third regime.
-
-        R1 if ||P_j(g)|| <= eps1 ||g||,  else  R2;  the subspaces of all earlier tasks are left alone
-
-    Earlier tasks whose inputs resemble the new one's are read through learned scalings Q and never moved. The
-    mechanism, in one piece of code, and the notation are :class:`CUBER`'s.
-
-    Args:
-        eps1, threshold, threshold_step, samples, heads: as in :class:`CUBER`.
-
-    Source: Lin, Yang, Fan & Zhang, ICLR 2022, arXiv:2202.02931.
-    """
-
-    card = Card(
-        paper="Lin, Yang, Fan & Zhang, ICLR 2022",
-        arxiv="2202.02931",
-        carries="gradients",
-        teacher="tasks",
-        data="labelled",
-    )
-    regimes = SCALED
-
-    def __init__(
-        self,
-        eps1: float = 0.5,
-        threshold: float = 0.97,
-        threshold_step: float = 0.003,
-        samples: int = 125,
-        heads: str = "task",
-    ):
-        super().__init__(eps1=eps1, threshold=threshold, threshold_step=threshold_step, samples=samples, heads=heads)
-
-
-class GPM(CUBER):
-    """Gradient projection memory: CUBER with its first regime alone.
-
-        g <- g - P(g),   P onto the sum of all earlier tasks' input subspaces
-
-    The mechanism, in one piece of code, and the notation are :class:`CUBER`'s.
-
-    Args:
-        threshold, threshold_step, samples, heads: as in :class:`CUBER`.
-
-    Source: Saha, Garg & Roy, ICLR 2021, arXiv:2103.09762.
-    """
-
-    card = Card(
-        paper="Saha, Garg & Roy, ICLR 2021",
-        arxiv="2103.09762",
-        carries="gradients",
-        teacher="tasks",
-        data="labelled",
-    )
-    regimes = SHIELDED
-
-    def __init__(self, threshold: float = 0.97, threshold_step: float = 0.003, samples: int = 125, heads: str = "task"):
-        super().__init__(threshold=threshold, threshold_step=threshold_step, samples=samples, heads=heads)
