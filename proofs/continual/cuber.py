@@ -11,7 +11,7 @@ from transfuse import measure, transfer
 from transfuse.continual import CUBER, EWC, GPM, TRGP, FineTune, Learner, LwF
 from transfuse.datasets import fashion_tasks
 
-MEMORY = {"threshold": 0.95, "threshold_step": 0.003}
+MEMORY: dict[str, Any] = {"threshold": 0.95, "threshold_step": 0.003}
 ARMS: dict[str, Learner] = {
     "CUBER": CUBER(eps1=0.5, eps2=0.0, strength=2.0, **MEMORY),
     "TRGP": TRGP(eps1=0.5, **MEMORY),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from helpers import Example
 from torch import Tensor, nn
 
-from transfuse.continual import ADAM, CUBER, EWC, GPM, TRGP, FineTune, LwF, Replay, SimpleCIL
+from transfuse.continual import ADAM, CUBER, EWC, GPM, TRGP, FineTune, LwF, Replay, SimpleCIL, TaskModel
 from transfuse.continual.base import Learner
 from transfuse.core.run import Run
 from transfuse.core.streams import as_data
@@ -19,14 +20,26 @@ SIDE = 6
 Task = tuple[Tensor, Tensor]
 
 
-def tasks(classes: Sequence[Sequence[int]] = ((0, 1), (1, 2), (3, 4)), count: int = 12, seed: int = 0) -> list[Task]:
+Groups = Sequence[Sequence[int]]
+
+
+def tasks(classes: Groups = ((0, 1), (1, 2), (3, 4)), count: int = 12, seed: int = 0, noise: float = 0.5) -> list[Task]:
     """For each task `count` images per class: a pattern of the class, and noise; labels are global."""
     draw = torch.Generator().manual_seed(seed)
     patterns = torch.randn(1 + max(map(max, classes)), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(99))
     found = []
     for group in classes:
         labels = torch.tensor(group).repeat_interleave(count)
-        found.append((patterns[labels] + 0.5 * torch.randn(len(labels), 1, SIDE, SIDE, generator=draw), labels))
+        found.append((patterns[labels] + noise * torch.randn(len(labels), 1, SIDE, SIDE, generator=draw), labels))
+    return found
+
+
+def domains(count: int = 20, seed: int = 0, noise: float = 1.0) -> list[Task]:
+    """Three tasks with the same four classes, whose patterns have other pixels in other places in every task."""
+    order = torch.Generator().manual_seed(7)
+    found = []
+    for x, y in tasks(((0, 1, 2, 3),) * 3, count, seed, noise):
+        found.append((x.flatten(1)[:, torch.randperm(SIDE * SIDE, generator=order)].view_as(x), y))
     return found
 
 
@@ -89,5 +102,8 @@ def ready(method: Learner, net: nn.Module, data: Sequence[Task]) -> Run:
 
 
 def accuracy(model: nn.Module, data: Sequence[Task]) -> list[float]:
-    """On every task."""
-    return [float((model.eval()(x, task=i).argmax(1) == y).float().mean()) for i, (x, y) in enumerate(data)]
+    """On every task, in eval mode; the model itself stays in its mode."""
+    model = copy.deepcopy(model).eval()
+    number = isinstance(model, TaskModel)
+    answers = [(model(x, task=i) if number else model(x)).argmax(1) == y for i, (x, y) in enumerate(data)]
+    return [float(right.float().mean()) for right in answers]

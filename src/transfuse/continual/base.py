@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transfuse.continual.heads import TaskHeads, TaskModel, head_of, headless
 from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError, MethodError
-from transfuse.core.method import Method
+from transfuse.core.method import Bag, Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Gradients, Losses, Phase, Stage
 from transfuse.core.run import Run
@@ -92,12 +92,14 @@ class Learner(Method):
         names = list(run.data)
         if sample is None:
             raise InputError(f"{type(self).__name__} learns tasks from labelled data: pass data=[task, task, ...]")
+        for own, bag in self.named_children():
+            if isinstance(bag, Bag):  # whatever an earlier run has left
+                setattr(self, own, type(bag)())
         self._head = head_of(run["target"], sample.inputs) if self.brings_head else ""
         like = self.head_like(run)
         found = [classes_of(name, run.data[name]).to(run.device) for name in names]
         width = run("target", sample, grad=False).logits.shape[1]
         self._total = 1 + max(int(c.max()) for c in found) if self.brings_head else width
-        self.task_heads = TaskHeads()
         for name, classes in zip(names, found, strict=True):
             if classes[0] < 0 or classes[-1] >= self._total:
                 raise InputError(

@@ -24,13 +24,14 @@ from transfuse.losses import IGNORE, Term, cross_entropy
 class Replay(Learner):
     """Keep `per_class` samples of every class of every task, and draw from them in every step.
 
-        loss = CE(labels, target) on the batch of the task at hand + CE(labels, target) on `batch` stored samples
+        loss = CE(labels, target) on the batch of the task at hand + CE(labels, target) on stored samples
 
-    Every update sees exactly `min(batch, stored)` stored samples, through the heads of the tasks they came from.
+    An update sees at most `batch` stored samples, through the heads of the tasks they came from: all that are stored
+    are gone through in a random order, in equal parts, again and again.
 
     Args:
         per_class: samples that are kept of each class of a task, chosen at random; all, where there are fewer.
-        batch: stored samples per update.
+        batch: the most stored samples in an update.
         heads: `"task"` for a head per task, `"shared"` for the target's own head.
 
     Raises:
