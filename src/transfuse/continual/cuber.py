@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -272,3 +272,17 @@ class CUBER(Learner):
 
     def deploy(self, target: nn.Module) -> nn.Module:
         return self.deployed(target)
+
+    def panels(self) -> list[dict[str, Any]]:
+        tasks = range(1, self.task_heads.count)
+        found = [torch.cat([self.regime[key(layer, t)][0] for layer in self._layers]).tolist() for t in tasks]
+        return [
+            {
+                "kind": "bars",
+                "title": "Regimes of earlier tasks",
+                "note": "Pairs of a layer and an earlier task, as detected before each task.",
+                "rows": ["R1: left alone", "R2: read through a scaling", "R3: moved as well"],
+                "groups": [f"task {task}" for task in tasks],
+                "values": [[pairs.count(regime) for pairs in found] for regime in (SHIELDED, SCALED, MOVED)],
+            }
+        ]
