@@ -275,6 +275,8 @@ class CUBER(Learner):
 
     def panels(self) -> list[dict[str, Any]]:
         tasks = range(1, self.task_heads.count)
+        if not tasks:
+            return []
         found = [torch.cat([self.regime[key(layer, t)][0] for layer in self._layers]).tolist() for t in tasks]
         return [
             {
