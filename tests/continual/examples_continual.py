@@ -83,7 +83,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
 def trainer(method: Learner, net: nn.Module, data: Sequence[object], **options: object) -> Trainer:
     """A trainer over a stream of tasks, plain SGD unless told otherwise."""
     settings = {"batch_size": 8, "optimizer": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}
-    own = {name: options.pop(name) for name in ("folder", "listener", "sync") if name in options}
+    own = {name: options.pop(name) for name in ("folder", "listener", "validate", "sync") if name in options}
     settings |= {"schedule": "constant", "checkpoint_every": 0.0} | options
     if "epochs" not in settings:
         settings.setdefault("steps", 6)

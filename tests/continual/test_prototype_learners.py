@@ -76,8 +76,8 @@ def test_old_rows_never_change(method):
     rows: list[Tensor] = []
 
     class Spy(type(method)):  # type: ignore[misc]
-        def end_task(self, task: int, run: Any) -> None:
-            super().end_task(task, run)
+        def remember(self, task: int, run: Any) -> None:
+            super().remember(task, run)
             rows.append(self.prototypes.weight.clone())
 
     method.__class__ = Spy
@@ -102,8 +102,8 @@ def test_scores_are_cosines_and_unseen_classes_are_ruled_out():
     halves: list[PrototypeModel] = []
 
     class Spy(SimpleCIL):
-        def end_task(self, task: int, run: Any) -> None:
-            super().end_task(task, run)
+        def remember(self, task: int, run: Any) -> None:
+            super().remember(task, run)
             halves.append(self.deploy(run["target"]))
 
     data = tasks(DISJOINT)
@@ -151,6 +151,19 @@ def test_a_task_without_samples_of_a_class_is_an_error():
 def test_a_model_that_returns_no_features_of_its_own_is_refused():
     with pytest.raises(LayerError, match="no linear layer"):
         run_of(SimpleCIL(), tasks(DISJOINT), nn.Sequential(nn.Conv2d(1, 5, 6), nn.Flatten()))
+
+
+@pytest.mark.parametrize("method", [SimpleCIL(), ADAM()], ids=repr)
+def test_what_is_validated_is_what_is_deployed(method):
+    scores: list[float] = []
+    data = tasks(DISJOINT)
+
+    def validate(model: nn.Module) -> float:
+        scores.append(float((model.eval()(data[1][0]).argmax(1) == data[1][1]).float().mean()))
+        return scores[-1]
+
+    run_of(method, data, steps=3, validate=validate)
+    assert scores[0] == 0.0 and scores[1] > 0.8 and len(scores) == 3
 
 
 # What stays

@@ -188,8 +188,10 @@ class Prototypes(Bag):
     def forward(self, features: Tensor, total: int) -> Tensor:
         """Cosine of features `(batch, width)` with every prototype, among all classes `(batch, total)`.
 
-        Classes without a prototype are ruled out (-inf).
+        Classes without a prototype are ruled out (-inf); before there is any, all are alike.
         """
+        if "classes" not in self:
+            return features.new_zeros(len(features), total)
         cosines = cosine_logits(features, self.weight.to(features.dtype))
         return cosines.new_full((len(cosines), total), -torch.inf).index_copy(1, self["classes"], cosines)
 

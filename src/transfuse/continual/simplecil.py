@@ -18,7 +18,7 @@ from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError, nearest
 from transfuse.core.method import Bag
-from transfuse.core.phases import Batches, Losses, Phase, Stage
+from transfuse.core.phases import Batches, Losses, Observe, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.streams import Generated
 from transfuse.core.taps import PENULTIMATE
@@ -79,9 +79,11 @@ class SimpleCIL(Learner):
         yield from ()
 
     def stage(self, i: int, run: Run) -> Stage:
-        return Stage({"nothing": Generated(1)}, [], steps=1, train=())
+        remember = Observe("prototypes", lambda _batches, run: self.remember(i, run))
+        return Stage({"one pass": Generated(1)}, [remember], steps=1, train=())
 
-    def end_task(self, task: int, run: Run) -> None:
+    def remember(self, task: int, run: Run) -> None:
+        """Take the samples of a task into the prototypes."""
         with self.looking(run), torch.no_grad():
             for batch in self.examples(task, run):
                 features = self.features(batch, run)
@@ -175,7 +177,9 @@ class ADAM(SimpleCIL):
         run.add("adapted", self.adapted)
 
     def begin_task(self, task: int, run: Run) -> None:
-        if task == 0 and self.pet != "bn":
+        if task == 0 and self.pet == "bn":
+            self.estimate_norms(run)
+        elif task == 0:
             like = cast(nn.Linear, run["target"].get_submodule(self._head)).weight
             rows = torch.rand(len(self.task_heads.classes(0)), like.shape[1], generator=run.shared_rng("rows"))
             self.cosine_head["rows"] = nn.Parameter((2 * rows - 1).to(like) / like.shape[1] ** 0.5)
@@ -197,12 +201,10 @@ class ADAM(SimpleCIL):
         return {"labels": Term.of(cross_entropy(logits, rows), rows >= 0, "labelled")}
 
     def end_task(self, task: int, run: Run) -> None:
-        if task == 0 and self.pet == "bn":
-            self.estimate_norms(run)
-        elif task == 0:
+        if "rows" in self.cosine_head:
             for name in ("rows", "scale"):
                 del self.cosine_head[name]
-        super().end_task(task, run)
+            self.remember(task, run)
 
     @torch.no_grad()
     def estimate_norms(self, run: Run) -> None:
