@@ -11,6 +11,7 @@ from transfuse import measure
 LOGITS = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
 TEACHER = torch.randn(20, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
 LABELS = torch.arange(20) % 3
+MATRIX = torch.rand(3, 3, generator=torch.Generator().manual_seed(2))
 
 CALLS = {
     "bootstrap": lambda: measure.bootstrap(LOGITS.T),
@@ -24,6 +25,12 @@ CALLS = {
     "disagreement": lambda: measure.disagreement(LOGITS, TEACHER, 3),
     "reliability": lambda: measure.reliability(LOGITS, LABELS),
     "expected_calibration_error": lambda: measure.expected_calibration_error(LOGITS, LABELS),
+    "result_matrix": lambda: measure.result_matrix([{"a": 0.5}]),
+    "final_accuracy": lambda: measure.final_accuracy(MATRIX),
+    "average_accuracy": lambda: measure.average_accuracy(MATRIX),
+    "backward_transfer": lambda: measure.backward_transfer(MATRIX),
+    "forward_transfer": lambda: measure.forward_transfer(MATRIX, MATRIX[0]),
+    "forgetting": lambda: measure.forgetting(MATRIX),
     "cost": lambda: measure.cost(torch.nn.Dropout(), LOGITS),
 }
 
@@ -35,7 +42,7 @@ def test_every_measure_is_watched_here():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_changes_nothing(name):
-    tensors = [LOGITS, TEACHER, LABELS]
+    tensors = [LOGITS, TEACHER, LABELS, MATRIX]
     before = [t.detach().clone() for t in tensors]
     states = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
     result = CALLS[name]()
