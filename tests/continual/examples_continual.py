@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from helpers import Example
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from transfuse.continual import ADAM, CUBER, EWC, GPM, TRGP, FineTune, LwF, Replay, SimpleCIL, TaskModel
 from transfuse.continual.base import Learner
@@ -62,9 +63,9 @@ class Net(nn.Module):
 
 
 def example(method: Learner, net: nn.Module | None = None) -> Example:
-    data = tasks()
+    data, test = ([TensorDataset(*task) for task in tasks(seed=seed)] for seed in (0, 1))
     options = {"steps": 4, "batch_size": 8, "optimizer": "sgd", "lr": 0.05}
-    return Example(method, Net() if net is None else net, data=data, test=tasks(seed=1), options=options)
+    return Example(method, Net() if net is None else net, data=data, test=test, options=options)
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {

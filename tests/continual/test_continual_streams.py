@@ -13,6 +13,7 @@ from continual.examples_continual import EXAMPLES, Net, accuracy, example, ready
 from helpers import digest
 from torch import nn
 
+from transfuse import transfer
 from transfuse.continual import ADAM, CUBER, EWC, GPM, FineTune, Learner, LwF, Replay, SimpleCIL, TaskModel
 from transfuse.core.composition import Then
 from transfuse.core.errors import InputError, LayerError, MethodError
@@ -198,6 +199,14 @@ def test_labels_that_change_while_a_task_is_learned_are_an_error():
 def test_an_iterator_is_refused_because_tasks_are_read_more_than_once():
     with pytest.raises(InputError, match="task '0' is an iterator"):
         trainer(FineTune(), Net(), [iter([tasks()[0]])]).fit()
+
+
+def test_a_list_of_pairs_is_not_mistaken_for_the_batches_of_one_task():
+    with pytest.raises(InputError, match="expected a list of tasks, found one data set of 3 batches"):
+        transfer(FineTune(), target=Net(), data=tasks(), steps=4, batch_size=8)
+    named = {"first": tasks()[0], "second": tasks()[1]}
+    model = transfer(FineTune(), target=Net(), data=named, steps=4, batch_size=8).model
+    assert model.tasks == 2
 
 
 def test_heads_are_task_or_shared():

@@ -220,10 +220,15 @@ def classes_of(name: str, data: Data) -> Tensor:
     """The classes of a task, ascending, from its labels.
 
     Raises:
-        InputError: it has no labels, or can be read only once.
+        InputError: it has no labels, can be read only once, or is what a list of tasks was mistaken for.
     """
     if isinstance(data, Iterated) and data.once:
         raise InputError(f"task {name!r} is an iterator, which can be read only once: pass a data set or a DataLoader")
+    if name == "data" and isinstance(data, Iterated) and isinstance(data.batches, list):
+        raise InputError(
+            f"expected a list of tasks, found one data set of {len(data.batches)} batches: a list of (inputs, labels) is "
+            "read as batches. Make each task a TensorDataset(inputs, labels), or pass {'first': (inputs, labels), ...}"
+        )
     labels = [batch.labels for batch in read(data, None)]
     known = torch.cat([found[found != IGNORE] for found in labels if found is not None] or [torch.empty(0)])
     if not len(known):
