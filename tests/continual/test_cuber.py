@@ -511,6 +511,19 @@ def test_stored_gradients_are_those_at_the_end_of_their_task():
     assert torch.allclose(method.gradients["linear/0"], expected, atol=1e-6)
 
 
+def test_looking_at_a_task_moves_nothing():
+    """S23"""
+    method, model = CUBER(), Net()
+    trainer(method, model, tasks()[:1]).fit()
+    run = ready_again(method, model, tasks())
+    model.train()
+    before, state = digest(model), torch.get_rng_state()
+    with method.looking(run):
+        method.gradient(1, run), method.grams(1, run)
+    assert digest(model) == before and torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
 # Targets and arguments
 
 

@@ -38,8 +38,9 @@ class Learner(Method):
 
     The target is any model whose last layer is linear: its head. With `heads="task"` (the task is known when testing)
     every task has a head of its own in that shape, on the features that the target's head would read; the deployed
-    model is called `model(inputs, task=i)` and answers with logits over all classes. With `heads="shared"` (it is not
-    known, or the classes stay the same) the target's own head serves all tasks, and must have all classes.
+    model is called `model(inputs, task=i)` and answers with logits over all classes, for tasks that have not come yet
+    by a head that has learned nothing. With `heads="shared"` (the task is not known, or the classes stay the same) the
+    target's own head serves all tasks, and must have all classes.
 
     Args:
         heads: `"task"` or `"shared"`.
@@ -226,8 +227,8 @@ def classes_of(name: str, data: Data) -> Tensor:
         raise InputError(f"task {name!r} is an iterator, which can be read only once: pass a data set or a DataLoader")
     if name == "data" and isinstance(data, Iterated) and isinstance(data.batches, list):
         raise InputError(
-            f"expected a list of tasks, found one data set of {len(data.batches)} batches: a list of (inputs, labels) is "
-            "read as batches. Make each task a TensorDataset(inputs, labels), or pass {'first': (inputs, labels), ...}"
+            f"expected a list of tasks, found one data set of {len(data.batches)} batches: a list of (inputs, labels) "
+            "is read as batches. Make each task a TensorDataset(inputs, labels), or pass {'first': (inputs, labels)}"
         )
     labels = [batch.labels for batch in read(data, None)]
     known = torch.cat([found[found != IGNORE] for found in labels if found is not None] or [torch.empty(0)])

@@ -45,7 +45,9 @@ class CUBER(Learner):
 
     Whatever the optimiser makes of the projected gradient (momentum, weight decay, Adam's scaling), the update itself
     is projected, too. All other parameters and buffers (biases, normalisation) are task-specific: every task is
-    deployed with those it ended with, and with its own Q. So the deployed model is `model(inputs, task=i)`.
+    deployed with those it ended with, and with its own Q. So the deployed model is `model(inputs, task=i)`. The penalty
+    is a norm and not its square: a step of it has the length `lr * strength`, however little has moved. Layers that run
+    several times in one pass are known by the inputs of their last run.
 
     Args:
         eps1, eps2: thresholds of the regimes.
