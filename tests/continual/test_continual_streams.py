@@ -175,6 +175,18 @@ def test_unlabelled_samples_of_a_task_are_left_out():
     assert accuracy(model, tasks(seed=1))[0] > 0.8
 
 
+def test_samples_that_are_looked_at_are_labelled_ones():
+    x, y = tasks()[0]
+    few = torch.full_like(y, -100)
+    few[[3, 20]] = y[[3, 20]]
+    method = FineTune()
+    run = ready(method, Net(), [(x, few)])
+    for count, sizes in ((None, 2), (1, 1), (5, 2)):
+        found = [label for batch in method.examples(0, run, count) for label in batch.labels.tolist()]
+        assert len(found) == sizes and set(found) <= {0, 1}
+    trainer(EWC(samples=5), Net(), [(x, few), tasks()[1]], steps=3).fit()
+
+
 def test_a_class_that_a_shared_head_has_no_row_for_is_an_error():
     with pytest.raises(InputError, match=r"task '2' has the classes \[3, 4\], the target's head has rows for 0 to 3"):
         trainer(FineTune(heads="shared"), Net(classes=4), tasks()).fit()

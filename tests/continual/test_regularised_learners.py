@@ -315,14 +315,14 @@ def test_replay_refuses_inputs_of_several_parts():
 def forgotten(method: Learner) -> float:
     """What is lost of the first task's accuracy: every task has the same classes, and inputs permuted anew."""
     first: list[float] = []
-    held_out = domains(50, seed=50)
+    held_out = domains(50, seed=51)
 
     def look(run: Trainer, record: Any) -> None:
         if run.clock.stage == 0 and run.clock.step == run.clock.steps:
             first.append(accuracy(run.method.deploy(run.target), held_out)[0])
 
-    net = Net(dropout=0.0, norm=False)
-    end = accuracy(trainer(method, net, domains(30), steps=100, listener=look).fit(), held_out)[0]
+    net = Net(dropout=0.0, norm=False, seed=1)
+    end = accuracy(trainer(method, net, domains(30, seed=1), steps=100, listener=look).fit(), held_out)[0]
     return first[0] - end
 
 
@@ -346,8 +346,8 @@ def fine_tuning() -> float:
 )
 def test_each_forgets_less_than_fine_tuning(method, fine_tuning):
     """Need 17: what a method adds is seen in what it is for, not only in its value."""
-    assert fine_tuning > 0.15
-    assert forgotten(method) < fine_tuning - 0.05
+    assert fine_tuning > 0.3
+    assert forgotten(method) < fine_tuning - 0.1
 
 
 @pytest.mark.parametrize(

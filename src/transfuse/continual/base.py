@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -165,9 +166,14 @@ class Learner(Method):
 
     def examples(self, task: int, run: Run, count: int | None = None) -> Iterator[Batch]:
         """Labelled samples of a task, all or `count` drawn at random, in chunks; the same in every process."""
-        for batch in read(self.data(task, run), count, run):
-            known = batch.labels != IGNORE
-            yield self.as_rows(task, (batch if known.all() else pick(batch, known)).to(run.device))
+        left = sys.maxsize if count is None else count
+        for batch in read(self.data(task, run), None if count is None else run.shared_rng("examples")):
+            rows = (batch.labels != IGNORE).nonzero().flatten()[:left]
+            left -= len(rows)
+            if len(rows):
+                yield self.as_rows(task, pick(batch, rows).to(run.device))
+            if not left:
+                return
 
     @contextmanager
     def looking(self, run: Run) -> Iterator[None]:
@@ -191,30 +197,25 @@ def labels_term(target: Outputs, batch: Batch) -> Term:
     return Term.of(cross_entropy(target.logits, batch.labels), batch.labels != IGNORE, "labelled")
 
 
-def read(data: Data, count: int | None, run: Run | None = None) -> Iterator[Batch]:
-    """All samples in their order, or `count` drawn at random; the first ones, where samples have no numbers."""
-    if isinstance(data, Indexed) and count is not None:
-        assert run is not None
-        rows = torch.randperm(data.size, generator=run.shared_rng("examples"))[:count]
-        yield from (data.fetch(chunk) for chunk in rows.tensor_split(math.ceil(len(rows) / CHUNK)))
+def read(data: Data, order: torch.Generator | None = None) -> Iterator[Batch]:
+    """All samples in chunks, in their order or in a random one; where samples have no numbers, as they come."""
+    if isinstance(data, Indexed) and order is not None:
+        rows = torch.randperm(data.size, generator=order)
+        yield from (data.fetch(chunk) for chunk in rows.tensor_split(math.ceil(data.size / CHUNK)))
         return
     for micro in data.epoch(Draw(CHUNK, None, shuffle=False, seed=0), 0):
-        for batch in micro:
-            if count is None:
-                yield batch
-            elif count > 0:
-                yield batch.slice(0, count)
-                count -= batch.size
+        yield from micro
 
 
 def pick(batch: Batch, rows: Tensor) -> Batch:
     """Some samples of a batch."""
-    return Batch(
-        {
-            name: {k: v[rows] for k, v in value.items()} if isinstance(value, dict) else value[rows]
-            for name, value in batch.items()
-        }
-    )
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: of(inner) for name, inner in value.items()}
+        return value[rows] if isinstance(value, Tensor) and value.dim() else value
+
+    return Batch(of(batch))
 
 
 def classes_of(name: str, data: Data) -> Tensor:
@@ -230,7 +231,7 @@ def classes_of(name: str, data: Data) -> Tensor:
             f"expected a list of tasks, found one data set of {len(data.batches)} batches: a list of (inputs, labels) "
             "is read as batches. Make each task a TensorDataset(inputs, labels), or pass {'first': (inputs, labels)}"
         )
-    labels = [batch.labels for batch in read(data, None)]
+    labels = [batch.labels for batch in read(data)]
     known = torch.cat([found[found != IGNORE] for found in labels if found is not None] or [torch.empty(0)])
     if not len(known):
         raise InputError(f"task {name!r} has no labelled sample, so it cannot be learned: leave it out, or label it")

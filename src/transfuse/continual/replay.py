@@ -94,7 +94,7 @@ class Replay(Learner):
 
     def choose(self, task: int, run: Run) -> dict[str, Tensor]:
         """The samples of a task that are kept."""
-        batches = list(read(self.data(task, run), None))
+        batches = list(read(self.data(task, run)))
         if not all(isinstance(b.inputs, Tensor) for b in batches):
             raise InputError("Replay stores tensors; inputs of several parts it cannot: use EWC, LwF, GPM or CUBER")
         inputs, labels = torch.cat([b.inputs for b in batches]), torch.cat([b.labels for b in batches])
