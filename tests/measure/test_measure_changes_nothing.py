@@ -13,6 +13,7 @@ TEACHER = torch.randn(20, 3, generator=torch.Generator().manual_seed(1), require
 LABELS = torch.arange(20) % 3
 HEAD = torch.nn.Linear(3, 3)
 DATA = torch.utils.data.TensorDataset(TEACHER.detach(), LABELS)
+MATRIX = torch.rand(3, 3, generator=torch.Generator().manual_seed(2))
 
 CALLS = {
     "bootstrap": lambda: measure.bootstrap(LOGITS.T),
@@ -32,6 +33,12 @@ CALLS = {
         measure.Table(("a", "b"), ("score",), torch.tensor([[1.0], [2.0]])), {"a": 1.0, "b": 3.0}
     ),
     "linear_transfer": lambda: measure.linear_transfer(torch.nn.Sequential(HEAD), DATA, DATA, epochs=1),
+    "result_matrix": lambda: measure.result_matrix([{"a": 0.5}]),
+    "final_accuracy": lambda: measure.final_accuracy(MATRIX),
+    "average_accuracy": lambda: measure.average_accuracy(MATRIX),
+    "backward_transfer": lambda: measure.backward_transfer(MATRIX),
+    "forward_transfer": lambda: measure.forward_transfer(MATRIX, MATRIX[0]),
+    "forgetting": lambda: measure.forgetting(MATRIX),
     "cost": lambda: measure.cost(torch.nn.Dropout(), LOGITS),
 }
 
@@ -43,7 +50,7 @@ def test_every_measure_is_watched_here():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_changes_nothing(name):
-    tensors = [LOGITS, TEACHER, LABELS]
+    tensors = [LOGITS, TEACHER, LABELS, MATRIX]
     before = [t.detach().clone() for t in tensors]
     states = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
     result = CALLS[name]()

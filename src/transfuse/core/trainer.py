@@ -267,6 +267,7 @@ class Trainer:
             self._maybe_save()
 
     def _leave_stage(self) -> None:
+        self._agree_buffers()  # so that what a method finds out from the models is the same in every process
         self.method.end_stage(self._number, self.run)
         self._agree()
         self._agree_buffers()

@@ -6,12 +6,14 @@
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
+- :mod:`~transfuse.losses.anchor`: how far parameters have moved, one scalar
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
 """
 
 from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
+from transfuse.losses.anchor import anchor_penalty
 from transfuse.losses.divergence import (
     Direction,
     jensen_shannon,
@@ -38,6 +40,7 @@ __all__ = [
     "IGNORE",
     "Direction",
     "Term",
+    "anchor_penalty",
     "attention_map",
     "attention_transfer",
     "classes_last",

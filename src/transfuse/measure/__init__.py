@@ -20,6 +20,14 @@ from transfuse.measure.classification import (
     per_class_accuracy,
     per_class_gain,
 )
+from transfuse.measure.continual import (
+    average_accuracy,
+    backward_transfer,
+    final_accuracy,
+    forgetting,
+    forward_transfer,
+    result_matrix,
+)
 from transfuse.measure.correlation import agreement_with_results, pearson, spearman
 from transfuse.measure.cost import Cost, cost
 from transfuse.measure.fidelity import agreement, disagreement, held_out_kl
@@ -55,11 +63,16 @@ __all__ = [
     "UniCAM",
     "agreement",
     "agreement_with_results",
+    "average_accuracy",
+    "backward_transfer",
     "bootstrap",
     "correct",
     "cost",
     "disagreement",
     "expected_calibration_error",
+    "final_accuracy",
+    "forgetting",
+    "forward_transfer",
     "held_out_kl",
     "linear_transfer",
     "negative_log_likelihood",
@@ -69,6 +82,7 @@ __all__ = [
     "per_class_gain",
     "read_facts",
     "reliability",
+    "result_matrix",
     "spearman",
     "verdict",
 ]

@@ -126,7 +126,7 @@ def _latency_ms(model: nn.Module, inputs: Tensor | Mapping[str, Any], runs: int)
 
     def timed() -> float:
         start = time.perf_counter()
-        call(model, inputs)
+        call(model, inputs, task=torch.zeros(1))
         for device in accelerators:
             torch.accelerator.synchronize(device)
         return 1000 * (time.perf_counter() - start)
@@ -140,7 +140,7 @@ def _operations(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> int | N
     """Floating point operations of one pass, or None where the counter fails or knows none of them."""
     try:
         with _plain_kernels(), FlopCounterMode(display=False) as counter:
-            call(eager(model), inputs)
+            call(eager(model), inputs, task=torch.zeros(1))
     except Exception:
         return None
     return counter.get_total_flops() or None
