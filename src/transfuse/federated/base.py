@@ -385,7 +385,7 @@ class Federated(Method):
             own = in_processes(lambda client: vars(self._reply(client, run)), mine)
         else:
             own = {client: vars(self._reply(client, run)) for client in mine}
-        return {c: Reply(**reply) for share in run.sync.gather(own) for c, reply in share.items()}
+        return {c: Reply(**reply) for part in run.sync.gather_objects(own) for c, reply in part.items()}
 
     def _reply(self, client: int, run: Run) -> Reply:
         assert run.training is not None
