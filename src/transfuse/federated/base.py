@@ -252,6 +252,10 @@ class Federated(Method):
         """Numbers about the server's own state at the end of a round, next to the clients' `metrics`."""
         return {}
 
+    def findings(self, metrics: dict[str, float]) -> dict[str, str]:
+        """What the user should hear about a round: messages, each under a name by which it is said once."""
+        return {}
+
     def model(self, client: int | None = None) -> Payload:
         """The server's model, or a client's own where it has one."""
         names = [name for name in ("weights", "floats", "integers") if name in self.server]
@@ -371,8 +375,11 @@ class Federated(Method):
         for name, value in reply.memory.items():
             self.server[f"client{client}_{name}"] = value
         if run.clock.step + 1 == len(chosen):
-            for name, number in self.close().items():
+            metrics = self.close()
+            for name, number in metrics.items():
                 run.note(name, number, weight=float(name == "loss"))
+            for finding, message in self.findings(metrics).items():
+                run.watch.say(finding, message)
         write(run["target"], self.model())
 
     def _train(self, clients: list[int], run: Run) -> dict[int, Reply]:

@@ -110,15 +110,16 @@ def server_app(
                 content = flwr.app.RecordDict({"payload": _record(method.payload(client)), "about": about})
                 messages.append(flwr.app.Message(content, nodes[client], "train", group_id=str(number)))
             replies = {}
-            for message in grid.send_and_receive(messages):
-                if message.has_error():
-                    why = f"round {number}: a client failed and is left out: {message.error.reason}"
+            for answer in grid.send_and_receive(messages):
+                if answer.has_error():
+                    why = f"round {number}: a client failed and is left out: {answer.error.reason}"
                     warnings.warn(why, TransferWarning, stacklevel=2)
                 else:
-                    replies[int(message.content["about"]["client"])] = _reply(message)
+                    replies[int(answer.content["about"]["client"])] = _reply(answer)
             for client in sorted(replies):  # they come as they are ready; sums must not depend on that
                 method.collect(client, replies[client])
-            method.close()
+            for message in method.findings(method.close()).values():
+                warnings.warn(message, TransferWarning, stacklevel=2)
         write(model, method.model())
         done(model, method)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +11,6 @@ from transfuse.core.phases import Batches, Gradients, Observe, Stage
 from transfuse.core.run import Run
 from transfuse.core.streams import Stream
 from transfuse.core.update import gradients
-from transfuse.core.watch import TransferWarning
 from transfuse.federated.base import Client, Federated, Reply
 from transfuse.federated.state import Payload, flat, pieces, trainable
 
@@ -123,17 +120,19 @@ class PGFed(Federated):
         return metrics
 
     def diagnostics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Mean weights of clients for themselves and for the others; a warning where the others no longer matter."""
-        if self.mu and metrics.get("auxiliary_ratio", 1.0) < DEGENERATE:
-            warnings.warn(
-                f"{type(self).__name__} has become FedAvg with local epochs: what clients learn from each other is "
-                f"under {DEGENERATE} of their own gradients. Raise mu or lower eta2",
-                TransferWarning,
-                stacklevel=2,
-            )
+        """Mean weights of clients for themselves and for the others."""
         a, own = self.server["A"], torch.eye(self.clients, dtype=torch.bool)
         others = a[~own].mean() if self.clients > 1 else 0.0
         return {"weight_own": float(a[own].mean()), "weight_others": float(others)}
+
+    def findings(self, metrics: dict[str, float]) -> dict[str, str]:
+        if not self.mu or metrics.get("auxiliary_ratio", 1.0) >= DEGENERATE:
+            return {}
+        message = (
+            f"{type(self).__name__} has become FedAvg with local epochs: what clients learn from each other is under "
+            f"{DEGENERATE} of their own gradients. Raise mu or lower eta2"
+        )
+        return {"degenerate": message}
 
 
 class PGFedMo(PGFed):
