@@ -18,7 +18,7 @@ TRAINING = {
     "batch_size": 32,
     "optimizer": "sgd",
     "lr": 0.05,
-    "momentum": 0.9,
+    "momentum": 0.0,
     "weight_decay": 0.0,
     "schedule": "constant",
 }
@@ -29,7 +29,6 @@ def arms(rounds: int) -> dict[str, Federated]:
     return {
         "PGFed (mu 1, eta2 1e-4)": PGFed(mu=1.0, eta2=1e-4, rounds=rounds),
         "PGFedMo (mu 1, eta2 1e-4)": PGFedMo(mu=1.0, eta2=1e-4, rounds=rounds),
-        "PGFed (mu 0.5, eta2 1e-3)": PGFed(mu=0.5, eta2=1e-3, rounds=rounds),
         "PGFed (mu 0.1, eta2 1e-2)": PGFed(rounds=rounds),
         "FedAvg + local epochs": FedAvgLocal(rounds=rounds),
         "FedAvg": FedAvg(rounds=rounds),
@@ -40,7 +39,8 @@ def arms(rounds: int) -> dict[str, Federated]:
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     """Deal the pictures out and train every arm, all from the same initial weights."""
-    clients, methods = fashion_clients(clients=10, alpha=0.3, size=6000, seed=seed), arms(2 if smoke else ROUNDS)
+    size, rounds = (600, 2) if smoke else (6000, ROUNDS)
+    clients, methods = fashion_clients(clients=10, alpha=0.3, size=size, seed=seed), arms(rounds)
     first, *others = methods.values()
     result = transfer(
         first,
@@ -50,7 +50,7 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
         compare=others,
         seeds=[seed],
         classes=clients.classes,
-        **(TRAINING | {"epochs": 1} if smoke else TRAINING),
+        **TRAINING,
     )
     return {name: numbers(arm.runs[0]) for name, arm in zip(methods, result.arms, strict=True)}
 
@@ -75,6 +75,7 @@ PROOF = Study(
     arms=tuple(arms(ROUNDS)),
     baseline="FedAvg + local epochs",
     metric="mean accuracy of clients",
+    seeds=(1, 2, 3),
     expected="PGFed with mu 1 and eta2 1e-4 is above FedAvg with local epochs by 0.015 or more, above Local by 0.01 "
     "and above the one model of FedAvg by 0.06; with the authors' mu 0.1 and eta2 0.01 all weights fall to about 0 "
     "within 30 rounds, and it is as good as FedAvg with local epochs",

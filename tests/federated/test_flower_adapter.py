@@ -69,7 +69,7 @@ def on_flower(method: Federated, clients: int = 3, **options: Any) -> tuple[nn.M
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     found: list[Any] = []
     nodes = Nodes(client_app(method, network, shard, TRAINING), 3, **options)
-    server = server_app(method, network, clients, TRAINING, done=lambda *result: found.extend(result))
+    server = server_app(method, network, clients, TRAINING, done=lambda *result: found.extend(result), wait=0.2)
     server(nodes, None)
     return found[0], found[1], nodes
 

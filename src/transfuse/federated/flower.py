@@ -11,6 +11,7 @@ What a client remembers (its own model, moments of its optimiser) stays in Flowe
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ def server_app(
     clients: int,
     training: Training,
     done: Callable[[nn.Module, Federated], None],
+    wait: float = 600.0,
 ) -> ServerApp:
     """What runs on the server, once all nodes are there.
 
@@ -90,6 +92,7 @@ def server_app(
         target: builds the model; clients: how many nodes there are.
         training: the same as for the clients; its seed chooses who takes part, and the initial weights.
         done: called at the end with the server's model and the method, which has `history` and `traffic`.
+        wait: seconds to wait for the nodes.
 
     Raises:
         MissingExtraError: Flower is not installed.
@@ -99,7 +102,7 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Any) -> None:
-        nodes = _nodes(grid, clients)
+        nodes = _nodes(grid, clients, wait)
         with rng.scope(rng.derive(training.seed, "target")):
             model = target()
         method.open(model, clients)
@@ -126,9 +129,11 @@ def server_app(
     return app
 
 
-def _nodes(grid: Grid, clients: int) -> dict[int, int]:
-    """The node of each client, by the client's number."""
-    flwr, known = _flower(), list(grid.get_node_ids())
+def _nodes(grid: Grid, clients: int, wait: float) -> dict[int, int]:
+    """The node of each client, by the client's number, as soon as there are as many nodes as clients."""
+    flwr, until = _flower(), time.monotonic() + wait
+    while len(known := list(grid.get_node_ids())) < clients and time.monotonic() < until:
+        time.sleep(0.1)
     questions = [flwr.app.Message(flwr.app.RecordDict(), node, "query") for node in known]
     answers = [m for m in grid.send_and_receive(questions) if not m.has_error()]
     nodes = {int(m.content["about"]["client"]): m.metadata.src_node_id for m in answers}
