@@ -14,6 +14,7 @@ import torch
 from federations import PLAIN, answer, fit, network, opened, shards, streams, trainer, vector
 from helpers import CNN, digest
 from processes import on_ranks
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
@@ -27,6 +28,7 @@ from transfuse.core.training import Training
 from transfuse.federated import Client, FedAvg, FedAvgLocal, Federated, FedProx, Local, PGFed, PGFedMo, Reply
 from transfuse.federated.base import AcrossRounds
 from transfuse.federated.state import pieces, read, size, write
+from transfuse.report.panels import Panel
 
 EVERY = [FedAvg, FedAvgLocal, FedProx, Local, PGFed, PGFedMo]
 
@@ -239,10 +241,13 @@ def kill_at(update: int) -> Any:
     return listener
 
 
-@pytest.mark.parametrize(("update", "workers"), [(1, 0), (3, 0), (5, 0), (8, 0), (4, 2)])
-def test_killed_after_any_client_and_resumed_it_ends_bit_identical(update, workers, tmp_path):
+@pytest.mark.parametrize(
+    ("cls", "update", "workers"),
+    [*((PGFedMo, update, 0) for update in (1, 3, 5, 8)), *((cls, 4, 0) for cls in EVERY), (PGFedMo, 4, 2)],
+)
+def test_killed_after_any_client_and_resumed_it_ends_bit_identical(cls, update, workers, tmp_path):
     def run(**options: Any) -> Any:
-        return trainer(PGFedMo(mu=1.0, rounds=3, reset=False), **options)
+        return trainer(cls(rounds=3, reset=False), **options)
 
     whole = run()
     expected = digest(whole.fit())
@@ -552,6 +557,17 @@ def test_a_transfer_reports_each_clients_own_test_set():
     images, labels = shards((4, 5, 6), seed=1)[1]
     own = (result.model(images, task=1).argmax(-1) == labels).float().mean()
     assert run.evaluation.by_set("accuracy")["1"] == pytest.approx(float(own))
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_the_report_shows_the_traffic_of_every_client(cls):
+    method = cls(rounds=1)
+    assert method.panels() == []
+    fit(method)
+    panels = [TypeAdapter(Panel).validate_python(panel) for panel in method.panels()]
+    assert panels[0].title == "Traffic"
+    assert panels[0].values == list(method.traffic.values())
+    assert [panel.kind for panel in panels] == ["bars", "matrix"] if issubclass(cls, PGFed) else ["bars"]
 
 
 @pytest.mark.parametrize("cls", EVERY)

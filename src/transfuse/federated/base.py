@@ -36,6 +36,8 @@ from transfuse.federated.state import Payload, read, size, write
 from transfuse.losses import IGNORE, Term, cross_entropy
 
 BUFFERS = ("mean", "fixed")
+SHOWN = 50
+"""Clients in a picture of the report."""
 
 
 @dataclass
@@ -272,6 +274,23 @@ class Federated(Method):
     def traffic(self) -> dict[str, list[int]]:
         """Bytes that each client was sent and has sent back, over all rounds."""
         return {"sent": self.server["sent"].tolist(), "received": self.server["received"].tolist()}
+
+    def panels(self) -> list[dict[str, Any]]:
+        if "sent" not in self.server:
+            return []
+        sent, received = self.traffic.values()
+        total = f"{sum(sent) / 1e6:.3g} MB to the clients and {sum(received) / 1e6:.3g} MB back, over all rounds."
+        traffic = {
+            "kind": "bars",
+            "title": "Traffic",
+            "note": total + (f" The first {SHOWN} of {self.clients} clients." if self.clients > SHOWN else ""),
+            "x": "client",
+            "y": "bytes",
+            "rows": ["sent to it", "received from it"],
+            "groups": [str(client) for client in range(self.clients)][:SHOWN],
+            "values": [sent[:SHOWN], received[:SHOWN]],
+        }
+        return [traffic]
 
     def _add(self, name: str, values: Tensor, samples: int) -> None:
         part = samples * values.double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from transfuse.core.phases import Batches, Gradients, Observe, Stage
 from transfuse.core.run import Run
 from transfuse.core.streams import Stream
 from transfuse.core.update import gradients
-from transfuse.federated.base import Client, Federated, Reply
+from transfuse.federated.base import SHOWN, Client, Federated, Reply
 from transfuse.federated.state import Payload, flat, pieces, trainable
 
 DEGENERATE = 1e-3
@@ -124,6 +126,22 @@ class PGFed(Federated):
         a, own = self.server["A"], torch.eye(self.clients, dtype=torch.bool)
         others = a[~own].mean() if self.clients > 1 else 0.0
         return {"weight_own": float(a[own].mean()), "weight_others": float(others)}
+
+    def panels(self) -> list[dict[str, Any]]:
+        if "A" not in self.server:
+            return []
+        names = [str(client) for client in range(self.clients)][:SHOWN]
+        weights = {
+            "kind": "matrix",
+            "title": "Whom each client listens to",
+            "note": "The weights a_ij of all risks after the last round. Where they are near 0, nothing is shared.",
+            "x": "j",
+            "y": "client i",
+            "rows": names,
+            "columns": names,
+            "values": self.server["A"][:SHOWN, :SHOWN].tolist(),
+        }
+        return [*super().panels(), weights]
 
     def findings(self, metrics: dict[str, float]) -> dict[str, str]:
         if not self.mu or metrics.get("auxiliary_ratio", 1.0) >= DEGENERATE:
