@@ -26,7 +26,7 @@ from transfuse.core.interruption import Interrupted
 from transfuse.core.streams import Iterated, as_data
 from transfuse.core.training import Training
 from transfuse.federated import Client, FedAvg, FedAvgLocal, Federated, FedProx, Local, PGFed, PGFedMo, Reply
-from transfuse.federated.base import AcrossRounds
+from transfuse.federated.client import AcrossRounds
 from transfuse.federated.state import pieces, read, size, write
 from transfuse.report.panels import Panel
 

@@ -9,7 +9,8 @@ from transfuse.core.card import Card
 from transfuse.core.errors import InputError
 from transfuse.core.phases import Batches, Losses, Stage
 from transfuse.core.run import Run
-from transfuse.federated.base import Client, Federated
+from transfuse.federated.base import Federated
+from transfuse.federated.client import Client
 from transfuse.federated.state import Payload, pieces
 from transfuse.losses import Term
 

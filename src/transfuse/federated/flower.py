@@ -23,7 +23,8 @@ from transfuse.core.errors import InputError, MissingExtraError
 from transfuse.core.streams import as_data
 from transfuse.core.training import Training
 from transfuse.core.watch import TransferWarning
-from transfuse.federated.base import Federated, Reply
+from transfuse.federated.base import Federated
+from transfuse.federated.client import Reply
 from transfuse.federated.state import Payload, write
 
 if TYPE_CHECKING:

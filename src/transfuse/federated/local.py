@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from transfuse.core.card import Card
-from transfuse.federated.base import Client, Federated
+from transfuse.federated.base import Federated
+from transfuse.federated.client import Client
 from transfuse.federated.state import Payload
 
 

@@ -13,7 +13,8 @@ from transfuse.core.phases import Batches, Gradients, Observe, Stage
 from transfuse.core.run import Run
 from transfuse.core.streams import Stream
 from transfuse.core.update import gradients
-from transfuse.federated.base import SHOWN, Client, Federated, Reply
+from transfuse.federated.base import SHOWN, Federated
+from transfuse.federated.client import Client, Reply
 from transfuse.federated.state import Payload, flat, pieces, trainable
 
 DEGENERATE = 1e-3

@@ -1,16 +1,31 @@
-"""A model as flat vectors on the CPU: what travels between server and clients."""
+"""A model as flat vectors on the CPU, as they travel between server and clients and are kept by the server."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import ShapeError
+from transfuse.core.method import Bag
 
 Payload = dict[str, Tensor]
 """What is sent in one direction, by name."""
+
+
+class Server(Bag):
+    """What the server knows. It stays on the CPU, whatever the device, so that clients cost no accelerator memory."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Server:
+        return self
+
+    def pop(self, name: str) -> Tensor:
+        """Take a tensor out."""
+        value = self[name]
+        del self[name]
+        return value
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
