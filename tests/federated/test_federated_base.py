@@ -76,7 +76,7 @@ def test_a_payload_of_another_model_is_refused():
 
 def test_the_server_averages_weights_and_statistics_by_samples_and_counters_stay_whole():
     method, one, other = opened(FedAvg(), 2), network(1), network(2)
-    for model, mean, variance, batches in ((one, 1.0, 4.0, 3), (other, 5.0, 8.0, 7)):
+    for model, mean, variance, batches in ((one, 1.0, 4.0, 7), (other, 5.0, 8.0, 3)):
         model.norm.running_mean.fill_(mean)
         model.norm.running_var.fill_(variance)
         model.norm.num_batches_tracked.fill_(batches)
@@ -373,6 +373,21 @@ def test_control_c_while_a_client_trains_saves_the_rounds(tmp_path):
 
 
 # Clients
+
+
+def test_every_pair_of_round_and_client_has_random_numbers_of_its_own():
+    method, model, data = FedAvg(rounds=2), network(), as_data(shards()[0])
+    opened(method, 2, model)
+    training = Training(epochs=1, batch_size=4, schedule="constant")
+
+    def weights(client: int, number: int) -> Tensor:
+        sent = method.payload(client)
+        reply = method.work(client, model, data, sent, {}, number=number, training=training, task="classification")
+        return reply.upload["weights"]
+
+    found = [weights(client, number) for client in (0, 1) for number in (0, 1)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+    assert torch.equal(weights(0, 0), found[0])
 
 
 def test_a_clients_result_depends_on_no_other_client():

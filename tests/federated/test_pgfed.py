@@ -288,6 +288,10 @@ def test_pgfedmo_smooths_the_auxiliary_gradient_from_the_second_time_on():
     method.server["gradients"] = second
     fresh = 0.5 * (torch.tensor([0.2, 0.4]) @ second)
     assert torch.allclose(method.payload(0)["auxiliary"], 0.75 * fresh + 0.25 * sent)
+    smoothed = method.payload(0)["auxiliary"]
+    method.server["waiting"] = torch.tensor([0, 1])
+    method.collect(0, reply(row=torch.tensor([0.0, 1.0])))
+    assert torch.allclose(method.payload(0)["auxiliary"], 0.75 * 0.5 * second[1] + 0.25 * smoothed, atol=1e-6)
     assert torch.allclose(method.payload(0)["gradients"], 0.5 * second.mean(0))  # not smoothed
     assert torch.allclose(method.payload(1)["auxiliary"], 0.5 * (0.5 * second).sum(0))  # its first time
 
