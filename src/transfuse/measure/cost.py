@@ -23,6 +23,8 @@ from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, eager
 
 _WARM_UP = 2
+_FIRST = torch.zeros(1, dtype=torch.int64)
+"""The task that a model of several is measured on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def _latency_ms(model: nn.Module, inputs: Tensor | Mapping[str, Any], runs: int)
 
     def timed() -> float:
         start = time.perf_counter()
-        call(model, inputs, task=torch.zeros(1))
+        call(model, inputs, task=_FIRST)
         for device in accelerators:
             torch.accelerator.synchronize(device)
         return 1000 * (time.perf_counter() - start)
@@ -140,7 +142,7 @@ def _operations(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> int | N
     """Floating point operations of one pass, or None where the counter fails or knows none of them."""
     try:
         with _plain_kernels(), FlopCounterMode(display=False) as counter:
-            call(eager(model), inputs, task=torch.zeros(1))
+            call(eager(model), inputs, task=_FIRST)
     except Exception:
         return None
     return counter.get_total_flops() or None
