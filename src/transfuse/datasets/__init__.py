@@ -25,6 +25,7 @@ from transfuse.datasets.folder import image_folder
 from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
 from transfuse.datasets.partition import dirichlet
+from transfuse.datasets.noise import noise, noise_sweep, permuted_classes
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
 from transfuse.datasets.text import byte_text
@@ -50,6 +51,9 @@ __all__ = [
     "load",
     "rotated_fashion",
     "shifted_fashion",
+    "noise",
+    "noise_sweep",
+    "permuted_classes",
     "table",
 ]
 
@@ -69,6 +73,8 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "table": table,
     "hf": hf_dataset,
     "text": byte_text,
+    "noise": noise,
+    "noise-sweep": noise_sweep,
 }
 """Loaders by the name that a recipe gives them."""
 

@@ -6,6 +6,7 @@
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
+- :mod:`~transfuse.losses.prototypes`: class means, hard or soft, and how far two domains' lie apart
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -21,6 +22,7 @@ from transfuse.losses.divergence import (
 )
 from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
+from transfuse.losses.prototypes import class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import mmd, rkd_angle, rkd_distance
 from transfuse.losses.supervised import cross_entropy
@@ -31,6 +33,7 @@ __all__ = [
     "Term",
     "attention_map",
     "attention_transfer",
+    "class_means",
     "classes_last",
     "cross_entropy",
     "domain_cross_entropy",
@@ -39,6 +42,7 @@ __all__ = [
     "kl_divergence",
     "marginal_entropy",
     "mask_from_lengths",
+    "mean_alignment",
     "mean_squared_error",
     "mmd",
     "mutual_information",
@@ -48,4 +52,5 @@ __all__ = [
     "rkd_distance",
     "skew_kl",
     "soft_cross_entropy",
+    "soft_labels",
 ]
