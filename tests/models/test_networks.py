@@ -133,7 +133,7 @@ def test_sphere_parameters_start_from_a_normal_distribution_cut_at_two_deviation
     torch.manual_seed(0)
     for p in SphereClassifier().parameters():
         assert p.abs().max() <= 0.02
-    assert SphereClassifier().project.weight.std() == pytest.approx(0.0088, rel=0.03)  # of a normal cut at 2
+    assert SphereClassifier().project.weight.std().item() == pytest.approx(0.0088, rel=0.03)  # of a normal cut at 2
 
 
 def test_resnet_has_as_many_weighted_layers_as_its_depth() -> None:

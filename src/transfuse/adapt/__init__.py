@@ -6,7 +6,8 @@ Read :mod:`transfuse.adapt.base` first, then any one method: each file is one sy
 from transfuse.adapt.base import Adaptation, SourceOnly
 from transfuse.adapt.dan import DAN
 from transfuse.adapt.dann import DANN
+from transfuse.adapt.ktf import KTF
 from transfuse.adapt.mcd import MCD
 from transfuse.adapt.paretoda import ParetoDA
 
-__all__ = ["DAN", "DANN", "MCD", "Adaptation", "ParetoDA", "SourceOnly"]
+__all__ = ["DAN", "DANN", "KTF", "MCD", "Adaptation", "ParetoDA", "SourceOnly"]

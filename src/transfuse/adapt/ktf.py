@@ -60,7 +60,6 @@ class KTF(Adaptation):
         data="few-labelled",
         tasks=("classification",),
     )
-    select = None  # the target has labels to validate by
     one_process = "KTF aligns means over whole data sets, which processes would cut into parts"
 
     def __init__(self, beta: float = 0.1, mu: float = 1.0, tau: float = 0.05, stop_grad: bool = False):
@@ -79,7 +78,7 @@ class KTF(Adaptation):
         p = F.normalize(source.inputs.flatten(1))
         # One pass for both domains: the source joins in front of the head.
         both = run("target", target, swap={PENULTIMATE: lambda g: torch.cat([g, p.to(g.dtype)])})
-        g, logits, source_logits = _features(both)[: target.size], *both.logits.split([target.size, source.size])
+        g, (logits, source_logits) = _features(both)[: target.size], both.logits.tensor_split([target.size])
         q = soft_labels(logits.detach() if self.stop_grad else logits, target.labels)
         squares = [w.square().sum() for w in run["target"].parameters() if w.dim() > 1]
         return {
@@ -126,7 +125,7 @@ def _whole(run: Run, name: str) -> Indexed:
     """A domain's data, of which every update sees all."""
     data = run.data.get(name)
     if not isinstance(data, Indexed):
-        found = "nothing" if data is None else f"a {type(data).__name__.lower()} stream"
+        found = "nothing" if data is None else "batches that somebody else makes"
         raise InputError(
             f"KTF reads all of {name!r} in every update, found {found}: pass source=(features, labels) and "
             "data=(target features, labels), with label -100 where there is none"
@@ -136,7 +135,7 @@ def _whole(run: Run, name: str) -> Indexed:
 
 def _require(name: str, batch: Batch, classes: int) -> None:
     """Refuse values that are not finite, and labels that do not cover the head's classes exactly."""
-    if (bad := (~batch.inputs.flatten(1).isfinite()).any(1).nonzero().flatten().tolist()):
+    if bad := (~batch.inputs.flatten(1).isfinite()).any(1).nonzero().flatten().tolist():
         raise InputError(f"{len(bad)} samples of {name!r} hold values that are not finite, the first is {bad[0]}")
     labels = torch.empty(0, dtype=torch.long) if batch.labels is None else batch.labels
     found = set(labels[labels != IGNORE].tolist())
