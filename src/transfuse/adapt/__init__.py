@@ -7,7 +7,8 @@ from transfuse.adapt.base import Adaptation, SourceOnly
 from transfuse.adapt.dan import DAN
 from transfuse.adapt.dann import DANN
 from transfuse.adapt.ktf import KTF
+from transfuse.adapt.lftl import LFTL
 from transfuse.adapt.mcd import MCD
 from transfuse.adapt.paretoda import ParetoDA
 
-__all__ = ["DAN", "DANN", "KTF", "MCD", "Adaptation", "ParetoDA", "SourceOnly"]
+__all__ = ["DAN", "DANN", "KTF", "LFTL", "MCD", "Adaptation", "ParetoDA", "SourceOnly"]

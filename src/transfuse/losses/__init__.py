@@ -6,7 +6,7 @@
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
-- :mod:`~transfuse.losses.prototypes`: class means, hard or soft, and how far two domains' lie apart
+- :mod:`~transfuse.losses.prototypes`: class means, how far those of two domains lie apart, nearness to anchors
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -22,7 +22,7 @@ from transfuse.losses.divergence import (
 )
 from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
-from transfuse.losses.prototypes import class_means, mean_alignment, soft_labels
+from transfuse.losses.prototypes import anchor_entropy, class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import mmd, rkd_angle, rkd_distance
 from transfuse.losses.supervised import cross_entropy
@@ -31,6 +31,7 @@ __all__ = [
     "IGNORE",
     "Direction",
     "Term",
+    "anchor_entropy",
     "attention_map",
     "attention_transfer",
     "class_means",

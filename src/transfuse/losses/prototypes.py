@@ -1,4 +1,4 @@
-"""Class prototypes: the mean feature of each class, where samples may belong to a class in part.
+"""Class prototypes and anchors: means of classes, where samples may belong to a class in part, and nearness to them.
 
 Weights `(samples, classes)` say how much a sample counts for a class: one-hot rows for labelled samples,
 probabilities for others. What couples samples is a scalar, to be wrapped as `Term(value)`.
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transfuse.losses._inputs import at_least_float32
+from transfuse.losses.information import entropy
 from transfuse.losses.reduction import IGNORE
 
 SMALLEST = 1e-8
@@ -60,6 +61,31 @@ def class_means(features: Tensor, weights: Tensor) -> Tensor:
     features, weights = at_least_float32(features), at_least_float32(weights)
     with torch.autocast(features.device.type, enabled=False):  # it would multiply in half precision
         return weights.mT @ features / weights.sum(0).clamp_min(SMALLEST)[:, None]
+
+
+def anchor_entropy(features: Tensor, anchors: Tensor) -> Tensor:
+    """How undecided samples are between anchors: the entropy of the softmax of their cosines, without a temperature.
+
+    The visual-persistence loss of LFTL (Lyu et al., 2024, arXiv:2407.18899): it draws every sample towards few anchors.
+
+    Args:
+        features: `(samples, features)`.
+        anchors: `(anchors, features)`. One at the origin has cosine 0 with everything.
+
+    Returns:
+        `(samples,)`, between 0 (also with a single anchor) and log(anchors).
+
+    Raises:
+        ValueError: the shapes do not belong together, or there is no anchor.
+    """
+    if features.dim() != 2 or anchors.dim() != 2 or features.shape[1] != anchors.shape[1] or not len(anchors):
+        raise ValueError(
+            "features must be (samples, features) and anchors (one at least, features), found "
+            f"{tuple(features.shape)} and {tuple(anchors.shape)}"
+        )
+    rows, columns = F.normalize(at_least_float32(features)), F.normalize(at_least_float32(anchors))
+    with torch.autocast(features.device.type, enabled=False):  # it would multiply in half precision
+        return entropy(rows @ columns.mT)
 
 
 def mean_alignment(source: Tensor, source_weights: Tensor, target: Tensor, target_weights: Tensor) -> Tensor:
