@@ -147,7 +147,7 @@ class LFTL(Method):
         if whole >= pool or min(sizes) < 1:
             raise InputError(
                 f"LFTL: {self.rounds} rounds of {self.ratio:.3g} of a pool of {pool} samples would buy "
-                f"{', '.join(map(str, sizes))} labels: every round must buy one at least, and all fewer than the pool has"
+                f"{', '.join(map(str, sizes))} labels: a round must buy one at least, and all fewer than the pool has"
             )
         return sizes
 

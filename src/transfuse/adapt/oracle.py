@@ -65,9 +65,10 @@ class Oracle:
             self.asked += 1
             label = IGNORE if answer is None else int(answer)
             if not 0 <= label < self.classes:
+                found = "missing" if label == IGNORE else label
                 raise InputError(
-                    f"the oracle's label of sample {sample} is {'missing' if label == IGNORE else label}, expected one of "
-                    f"the target's classes, 0 to {self.classes - 1}"
+                    f"the oracle's label of sample {sample} is {found}: expected a class of the target, 0 to "
+                    f"{self.classes - 1}"
                 )
             self._known[sample] = label
             if self._ledger is not None:

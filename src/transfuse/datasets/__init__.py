@@ -24,8 +24,8 @@ from transfuse.datasets.fashion_variants import (
 from transfuse.datasets.folder import image_folder
 from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
-from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.noise import noise, noise_sweep, permuted_classes
+from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
 from transfuse.datasets.text import byte_text
@@ -49,11 +49,11 @@ __all__ = [
     "hf_dataset",
     "image_folder",
     "load",
-    "rotated_fashion",
-    "shifted_fashion",
     "noise",
     "noise_sweep",
     "permuted_classes",
+    "rotated_fashion",
+    "shifted_fashion",
     "table",
 ]
 
