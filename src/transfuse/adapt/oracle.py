@@ -47,8 +47,8 @@ class Oracle:
             InputError: a sample was bought before, or is none of the pool; the budget is spent; an answer is no class.
         """
         wanted = samples.tolist()
-        if len(set(wanted)) < len(wanted) or (again := self.sold & set(wanted)):
-            raise InputError(f"samples are bought once, asked again for {sorted(again) if again else wanted}")
+        if again := sorted({s for s in wanted if s in self.sold or wanted.count(s) > 1}):
+            raise InputError(f"samples are bought once, asked again for {again}")
         if outside := [s for s in wanted if not 0 <= s < self.answers.size]:
             raise InputError(f"the pool has the samples 0 to {self.answers.size - 1}, asked for {outside}")
         if len(self.sold) + len(wanted) > self.budget:
