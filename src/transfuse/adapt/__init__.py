@@ -10,5 +10,6 @@ from transfuse.adapt.ktf import KTF
 from transfuse.adapt.lftl import LFTL
 from transfuse.adapt.mcd import MCD
 from transfuse.adapt.paretoda import ParetoDA
+from transfuse.adapt.source_study import SourceStudy, source_study
 
-__all__ = ["DAN", "DANN", "KTF", "LFTL", "MCD", "Adaptation", "ParetoDA", "SourceOnly"]
+__all__ = ["DAN", "DANN", "KTF", "LFTL", "MCD", "Adaptation", "ParetoDA", "SourceOnly", "SourceStudy", "source_study"]
