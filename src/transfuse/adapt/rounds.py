@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transfuse.adapt.base import without_labels
 from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
@@ -73,12 +72,12 @@ class Unlabelled(Data):
     def epoch(self, draw: Draw, start: int) -> Iterator[list[Batch]]:
         for rows in self.round.unlabelled(draw)[start:]:
             if len(rows):
-                yield [without_labels(self.round.pool.fetch(rows[i:j])) for i, j in _shares(rows, draw)]
+                yield [self.round.pool.fetch(rows[i:j]).without_labels() for i, j in _shares(rows, draw)]
             else:
                 yield [Batch() for _ in draw.split(draw.batch_size)]
 
     def sample(self, size: int) -> Batch:
-        return without_labels(self.round.pool.fetch(self.round.free[:size]))
+        return self.round.pool.fetch(self.round.free[:size]).without_labels()
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Labelled(Data):
         return self._fetch(torch.arange(min(size, len(self.round.bought))))
 
     def _fetch(self, rows: Tensor) -> Batch:
-        batch = without_labels(self.round.pool.fetch(self.round.bought[rows]))
+        batch = self.round.pool.fetch(self.round.bought[rows]).without_labels()
         return Batch(batch, labels=self.round.labels[rows], row=rows)
 
 
