@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import Subset, TensorDataset
 
 from transfuse.adapt import LFTL
-from transfuse.adapt.lftl import query_scores
 from transfuse.adapt.oracle import Oracle
+from transfuse.adapt.query import query_scores
 from transfuse.adapt.rounds import Labelled, Round, Unlabelled
 from transfuse.core.errors import InputError, LayerError, ShapeError, StoreError
 from transfuse.core.streams import Data, Draw, as_data
@@ -347,6 +347,11 @@ def test_labels_alone_do_not_run_the_pool():
     net.head.register_forward_hook(lambda m, a, o: sizes.append(len(o)) if m.training else None)
     made.fit()
     assert set(sizes) <= {4, 8, 6}
+
+
+def test_batches_smaller_than_the_number_of_classes_are_warned_of():
+    with pytest.warns(match="evenly over 3 classes, and one of 2 samples cannot hold them all"):
+        run(small(rounds=1), batch_size=2, epochs=None, steps=1).fit()
 
 
 def test_random_queries_do_not_depend_on_the_model():

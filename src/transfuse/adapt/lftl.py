@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transfuse.adapt.oracle import Oracle
+from transfuse.adapt.query import query_scores
 from transfuse.adapt.rounds import Labelled, Round, Unlabelled
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
@@ -136,6 +137,12 @@ class LFTL(Method):
                 f"LFTL needs embeddings (samples, features) and logits of two classes at least, found "
                 f"{tuple(embeddings.shape)} at {self.features!r} and {tuple(logits.shape)}: tap another layer"
             )
+        if self.information and run.training and run.training.batch_size < logits.shape[1]:
+            run.watch.say(
+                "small batches",
+                f"LFTL spreads every batch evenly over {logits.shape[1]} classes, and one of "
+                f"{run.training.batch_size} samples cannot hold them all: choose a larger batch_size",
+            )
         self.state["bought"] = self.state["labels"] = torch.empty(0, dtype=torch.long)
         self.state["memory"] = embeddings.new_zeros(0, embeddings.shape[1])
         self.state["ids"] = _ids(pool)
@@ -166,18 +173,18 @@ class LFTL(Method):
             scores = query_scores(probabilities, previous, self.contrast, self.balance, self.topk)
             order = scores.sort(stable=True).indices.cpu()
         chosen = free[order[: sizes[i]]]
-        labels = torch.empty_like(chosen)
+        labels = torch.empty_like(chosen, device=run.device)
         if run.rank == 0:  # one process pays
             answers = run.data.get("oracle", pool)
             assert isinstance(answers, Indexed)
             sold = state["bought"].cpu()
-            labels = Oracle(answers, sum(sizes), probabilities.shape[1], sold, self.ledger).buy(chosen)
+            labels = Oracle(answers, sum(sizes), probabilities.shape[1], sold, self.ledger).buy(chosen).to(run.device)
         run.sync.broadcast([labels])
         # By samples of the pool, so that rows cannot come to belong to others when some are bought.
         state["previous"] = probabilities.new_zeros(pool.size, probabilities.shape[1])
         state["previous"][free] = probabilities
         state["bought"] = torch.cat([state["bought"], chosen.to(run.device)])
-        state["labels"] = torch.cat([state["labels"], labels.to(run.device)])
+        state["labels"] = torch.cat([state["labels"], labels])
         state["memory"] = F.pad(state["memory"], (0, 0, 0, len(chosen)))
         return True
 
@@ -273,28 +280,6 @@ class LFTL(Method):
             {"params": [p for p in target.parameters() if p in slow], "nesterov": True, "lr_scale": 0.1},
             {"params": fast, "nesterov": True},
         ]
-
-
-def query_scores(
-    probabilities: Tensor,
-    previous: Tensor | None = None,
-    contrast: float = 0.03,
-    balance: float = 0.1,
-    topk: int = 500,
-) -> Tensor:
-    """How little a label is worth, `(samples,)`: the smallest scores are to be bought first. See :class:`LFTL`.
-
-    Args:
-        probabilities: `(samples, classes)`; `previous` are those of the same samples at the last query, if any.
-        contrast, balance, topk: as in :class:`LFTL`.
-    """
-    torn = probabilities if previous is None else probabilities + contrast * (probabilities - previous)
-    first, second = torn.topk(2, dim=1).values.unbind(1)
-    margins = first - second
-    pseudo = probabilities.argmax(1)
-    easy = margins.topk(min(topk, len(margins))).indices
-    counts = pseudo[easy].bincount(minlength=probabilities.shape[1]).to(margins.dtype)
-    return margins / margins.max().clamp_min(1e-12) + balance * (counts / counts.max())[pseudo]
 
 
 def _pool(run: Run) -> Indexed:
