@@ -534,6 +534,10 @@ def test_pools_that_cannot_be_indexed_and_models_that_do_not_fit_are_refused():
     wide = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(32, CLASSES))
     with pytest.raises(ShapeError, match="tap another layer"):
         run(small(features="0"), net=wide).fit()
+    with pytest.raises(InputError, match="has 3 answers for a pool of 40"):
+        run(small(), {"data": as_data(pool()), "oracle": as_data(torch.zeros(3, 1))}).fit()
+    with pytest.raises(InputError, match="one tensor of real numbers"):
+        run(small(), (pool()[0].long(), pool()[1])).fit()
     with pytest.raises(LayerError, match="has no layer 'body'"):
         run(small(backbone="body")).fit()
 

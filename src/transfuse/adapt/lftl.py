@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from transfuse.adapt.oracle import Oracle
@@ -16,7 +18,7 @@ from transfuse.core.errors import InputError, ShapeError, nearest
 from transfuse.core.method import Bag, Method
 from transfuse.core.phases import Batches, Groups, Losses, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.core.streams import Indexed
+from transfuse.core.streams import Data, Indexed
 from transfuse.core.taps import resolve
 from transfuse.losses import Term, anchor_entropy, cross_entropy, mutual_information
 
@@ -127,10 +129,17 @@ class LFTL(Method):
         return {"target": [self.features]}
 
     def setup(self, run: Run, sample: Batch | None) -> None:
-        pool = _pool(run)
+        pool, answers = _pool(run), _answers(run)
         self.sizes(pool.size)
         self._groups(run)
-        outputs = run("target", pool.sample(2).to(run.device), grad=False)
+        if answers.size != pool.size:
+            raise InputError(
+                f"the oracle has {answers.size} answers for a pool of {pool.size} samples: give one for each"
+            )
+        few = pool.sample(2).to(run.device)
+        if self.mixup and not (isinstance(few.inputs, Tensor) and few.inputs.is_floating_point()):
+            raise InputError("LFTL mixes inputs, so they must be one tensor of real numbers: mixup=0 leaves that out")
+        outputs = run("target", few, grad=False)
         embeddings, logits = outputs.features[self.features], outputs.logits
         if embeddings.dim() != 2 or logits.dim() != 2 or logits.shape[1] < 2:
             raise ShapeError(
@@ -175,10 +184,8 @@ class LFTL(Method):
         chosen = free[order[: sizes[i]]]
         labels = torch.empty_like(chosen, device=run.device)
         if run.rank == 0:  # one process pays
-            answers = run.data.get("oracle", pool)
-            assert isinstance(answers, Indexed)
-            sold = state["bought"].cpu()
-            labels = Oracle(answers, sum(sizes), probabilities.shape[1], sold, self.ledger).buy(chosen).to(run.device)
+            oracle = Oracle(_answers(run), sum(sizes), probabilities.shape[1], state["bought"].cpu(), self.ledger)
+            labels = oracle.buy(chosen).to(run.device)
         run.sync.broadcast([labels])
         # By samples of the pool, so that rows cannot come to belong to others when some are bought.
         state["previous"] = probabilities.new_zeros(pool.size, probabilities.shape[1])
@@ -193,7 +200,8 @@ class LFTL(Method):
         free, bought = self._free(pool), self.state["bought"].cpu()
         limit = len(free)
         if self.cap:
-            limit = min(limit, (-(-2 * sum(self.sizes(pool.size)) // len(bought)) - 1) * len(bought))
+            multiple = math.ceil(2 * sum(self.sizes(pool.size)) / len(bought)) - 1
+            limit = min(limit, multiple * len(bought))
         now = Round(pool, free, limit, bought, self.state["labels"].cpu(), again=self.mixup > 0)
         phase = Phase("adapt", self.losses, self._groups(run), schedule=InverseDecay())
         return Stage({"target": Unlabelled(now), "labelled": Labelled(now)}, [phase])
@@ -209,8 +217,9 @@ class LFTL(Method):
         if unlabelled.inputs is None:
             return self._mixed(labelled, run)
         terms: Losses = {}
-        free = run("target", unlabelled) if self.information or self.persistence else None
-        if labelled.size > 1:  # batch normalisation cannot work on one sample
+        # Batch normalisation cannot work on one sample.
+        free = run("target", unlabelled) if (self.information or self.persistence) and unlabelled.size > 1 else None
+        if labelled.size > 1:
             known = run("target", labelled)
             terms["labels"] = Term.of(cross_entropy(known.logits, labelled.labels), unit="labelled/sample")
             self._seen.append((labelled.row, known.features[self.features].detach()))
@@ -271,24 +280,27 @@ class LFTL(Method):
     def _groups(self, run: Run) -> Groups:
         """Everything by SGD's Nesterov momentum, the backbone at a tenth of the rate."""
         target = run["target"]
-        slow: set[nn.Parameter] = set()
-        if self.backbone is not None:
-            (path,) = resolve(target, self.backbone)
-            slow = set(target.get_submodule(path).parameters())
-        fast = [p for p in target.parameters() if p not in slow]
+        paths = [] if self.backbone is None else resolve(target, self.backbone)
+        slow = {p for path in paths for p in target.get_submodule(path).parameters()}
         return [
             {"params": [p for p in target.parameters() if p in slow], "nesterov": True, "lr_scale": 0.1},
-            {"params": fast, "nesterov": True},
+            {"params": [p for p in target.parameters() if p not in slow], "nesterov": True},
         ]
 
 
 def _pool(run: Run) -> Indexed:
-    pool = run.data.get("data")
-    if not isinstance(pool, Indexed):
-        raise InputError(
-            "LFTL buys labels of single samples: pass the pool as a map-style data set or tensors, data=pool"
-        )
-    return pool
+    return _single_samples(run.data.get("data"))
+
+
+def _answers(run: Run) -> Indexed:
+    """What has the labels: of its own, or the pool itself."""
+    return _single_samples(run.data.get("oracle", run.data.get("data")))
+
+
+def _single_samples(data: Data | None) -> Indexed:
+    if not isinstance(data, Indexed):
+        raise InputError("LFTL buys labels of single samples: pass map-style data sets or tensors, data=pool")
+    return data
 
 
 def _ids(pool: Indexed) -> Tensor:
