@@ -60,7 +60,7 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Mapping[str, float]]:
         TensorDataset(noisy(part.tensors[0], 0.1, seed=k), part.tensors[1])
         for k, part in enumerate((splits.train, splits.test))
     )
-    held_out = {"new": Subset(new, range(128 if smoke else 2000)), "pool": Subset(pool, range(128)) if smoke else pool}
+    held_out = Subset(new, range(128 if smoke else 2000))
     training: dict[str, Any] = {"epochs": None, "steps": 3} if smoke else {}
     source = transfer(
         Smoothed(), target=network, data=splits.source, test=held_out, seeds=[seed], **{**SOURCE, **training}
@@ -77,11 +77,10 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Mapping[str, float]]:
     )
     before = source.arms[0].runs[0].evaluation
     assert before is not None
-    found = {"source only": {"accuracy": before.by_set("accuracy")["new"], "pool": before.by_set("accuracy")["pool"]}}
+    found = {"source only": {"accuracy": before.metrics["accuracy"]}}
     for name, arm in zip(ARMS, result.arms, strict=True):
-        rounds = arm.runs[0].stages
-        by_round = {f"round {i}": row["new"] for i, row in enumerate(rounds, start=1)}
-        found[name] = {"accuracy": rounds[-1]["new"], "pool": rounds[-1]["pool"], **by_round}
+        rounds = [row["test"] for row in arm.runs[0].stages]
+        found[name] = {"accuracy": rounds[-1]} | {f"round {i}": value for i, value in enumerate(rounds, start=1)}
     return found
 
 
