@@ -1,1 +1,1 @@
-"""Proofs of the family of domain adaptation."""
+"""Proofs of the methods in :mod:`transfuse.adapt`."""

@@ -5,7 +5,18 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import InputError, ShapeError
-from transfuse.models import MLP, MODELS, DecoderLM, ResNet, SmallCNN, ViTTiny, build, resnet8, resnet20
+from transfuse.models import (
+    MLP,
+    MODELS,
+    DecoderLM,
+    ResNet,
+    SmallCNN,
+    SphereClassifier,
+    ViTTiny,
+    build,
+    resnet8,
+    resnet20,
+)
 
 torch.manual_seed(0)
 INPUTS = {
@@ -15,7 +26,12 @@ INPUTS = {
     "resnet20": torch.rand(6, 3, 32, 32),
     "vit-tiny": torch.rand(6, 1, 28, 28),
     "decoder-lm": torch.randint(256, (6, 128)),
+    "sphere-classifier": torch.rand(6, 64),
 }
+
+
+STEPS = {"sphere-classifier": 100}
+"""Of Adam until six samples are fitted, where 30 are too few: features of length 1 make small logits."""
 
 
 def count(model: nn.Module) -> int:
@@ -39,7 +55,7 @@ def test_a_network_can_fit_six_samples(name: str) -> None:
     inputs = INPUTS[name]
     labels = torch.arange(6) if name != "decoder-lm" else inputs[:, 1]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(30):
+    for _ in range(STEPS.get(name, 30)):
         logits = model(inputs) if name != "decoder-lm" else model(inputs[:, :1])[:, -1]
         loss = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -103,6 +119,21 @@ def test_resnet_is_as_large_as_table_6_of_the_paper_says(depth: int, millions: f
 def test_resnet_parameter_counts_match_the_docstrings() -> None:
     assert count(resnet8()) == 75_290
     assert count(resnet20()) == 269_722
+
+
+def test_sphere_features_have_length_one_whatever_the_scale_of_the_inputs() -> None:
+    model, x = SphereClassifier(inputs=12, width=32), torch.rand(3, 3, 2, 2)
+    seen = []
+    model.fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    torch.testing.assert_close(model(x), model(50 * x))
+    torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(3))
+
+
+def test_sphere_parameters_start_from_a_normal_distribution_cut_at_two_deviations() -> None:
+    torch.manual_seed(0)
+    for p in SphereClassifier().parameters():
+        assert p.abs().max() <= 0.02
+    assert SphereClassifier().project.weight.std().item() == pytest.approx(0.0088, rel=0.03)  # of a normal cut at 2
 
 
 def test_resnet_has_as_many_weighted_layers_as_its_depth() -> None:

@@ -25,6 +25,7 @@ from transfuse.datasets.folder import image_folder
 from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
 from transfuse.datasets.messages import messages
+from transfuse.datasets.noise import noise, noise_sweep, permuted_classes
 from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
@@ -50,6 +51,9 @@ __all__ = [
     "image_folder",
     "load",
     "messages",
+    "noise",
+    "noise_sweep",
+    "permuted_classes",
     "rotated_fashion",
     "shifted_fashion",
     "table",
@@ -72,6 +76,8 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "hf": hf_dataset,
     "text": byte_text,
     "messages": messages,
+    "noise": noise,
+    "noise-sweep": noise_sweep,
 }
 """Loaders by the name that a recipe gives them."""
 

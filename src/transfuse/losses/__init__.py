@@ -7,6 +7,7 @@
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
 - :mod:`~transfuse.losses.anchor`: how far parameters have moved, one scalar
+- :mod:`~transfuse.losses.prototypes`: class means, how far those of two domains lie apart, nearness to anchors
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -23,6 +24,7 @@ from transfuse.losses.divergence import (
 )
 from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
+from transfuse.losses.prototypes import anchor_entropy, class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import (
     distance_correlation,
@@ -40,9 +42,11 @@ __all__ = [
     "IGNORE",
     "Direction",
     "Term",
+    "anchor_entropy",
     "anchor_penalty",
     "attention_map",
     "attention_transfer",
+    "class_means",
     "classes_last",
     "cross_entropy",
     "distance_correlation",
@@ -52,6 +56,7 @@ __all__ = [
     "kl_divergence",
     "marginal_entropy",
     "mask_from_lengths",
+    "mean_alignment",
     "mean_squared_error",
     "mmd",
     "mutual_information",
@@ -61,6 +66,7 @@ __all__ = [
     "rkd_distance",
     "skew_kl",
     "soft_cross_entropy",
+    "soft_labels",
     "u_centred",
     "u_correlation",
     "u_product",

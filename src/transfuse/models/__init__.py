@@ -16,9 +16,21 @@ from transfuse.models.cnn import SmallCNN
 from transfuse.models.lm import DecoderLM
 from transfuse.models.mlp import MLP
 from transfuse.models.resnet import ResNet, resnet8, resnet20
+from transfuse.models.sphere import SphereClassifier
 from transfuse.models.vit import ViTTiny
 
-__all__ = ["MLP", "MODELS", "DecoderLM", "ResNet", "SmallCNN", "ViTTiny", "build", "resnet8", "resnet20"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "DecoderLM",
+    "ResNet",
+    "SmallCNN",
+    "SphereClassifier",
+    "ViTTiny",
+    "build",
+    "resnet8",
+    "resnet20",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -27,6 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
     "vit-tiny": ViTTiny,
     "decoder-lm": DecoderLM,
+    "sphere-classifier": SphereClassifier,
 }
 """Networks by the name that a recipe gives them."""
 
