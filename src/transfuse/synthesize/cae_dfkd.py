@@ -182,7 +182,7 @@ class CAEDFKD(DataFree):
         batch = batches["noise"]
         labels, source, noise = self._draws(batch)
         images = self.images(labels, source, noise)
-        teacher = run("source", image_batch(images))
+        teacher = run("source", image_batch(images), own=True)
         terms = {"one_hot": self.one_hot * Term.of(cross_entropy(teacher.logits, labels))}
         if self.batch_norm:
             layers: list[Any] = [*batch_norms(run["source"]).values()]

@@ -82,8 +82,8 @@ class GenerativeMemory(nn.Module):
         centre, spread = self.encoder(images).chunk(2, dim=1)
         again = self.decoder(centre + (0.5 * spread).exp() * torch.randn_like(centre))
         with torch.no_grad():
-            wanted = run("source", image_batch(images), grad=False).logits
-        said = run("source", image_batch(again)).logits
+            wanted = run("source", image_batch(images), grad=False, own=True).logits
+        said = run("source", image_batch(again), own=True).logits
         divergence = 0.5 * (centre.square() + spread.exp() - 1 - spread).sum(1)
         return {
             "image": Term(mean_absolute_error(again, images).mean()),

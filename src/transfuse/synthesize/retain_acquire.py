@@ -135,7 +135,7 @@ class RetainAcquire(DataFree):
 
     def generator_loss(self, batches: Batches, run: Run) -> Losses:
         images = self.made(batches["noise"].size, run)
-        teacher = run("source", image_batch(images))
+        teacher = run("source", image_batch(images), own=True)
         student = run("target", image_batch(images))
         apart = clamped_jensen_shannon(student.logits, teacher.logits.detach()).clamp(0, 1)
         self._made = (images.detach(), teacher.logits.detach())
@@ -172,7 +172,7 @@ class RetainAcquire(DataFree):
         """Images of the autoencoder, of codes that one step of Adam has made typical and clear to the teacher."""
         assert self.autoencoder is not None
         z = self.autoencoder.sample(count).requires_grad_()
-        logits = run("source", image_batch(self.autoencoder.decoder(z))).logits
+        logits = run("source", image_batch(self.autoencoder.decoder(z)), own=True).logits
         clear = self.one_hot * cross_entropy(logits, logits.detach().argmax(1)).mean()
         typical = F.mse_loss(z.var(), torch.ones_like(z.var())) + z.mean().square()
         (gradient,) = torch.autograd.grad(clear + self.balance * class_imbalance(logits) + typical, z)
