@@ -11,12 +11,10 @@ from torch import nn
 from transfuse.losses import (
     agreeing_divergence,
     batch_norm_distance,
+    category_contrast,
     clamped_jensen_shannon,
-    class_imbalance,
-    classes_told_apart,
     kl_divergence,
     mean_absolute_error,
-    multi_positive_info_nce,
     variance_within_classes,
 )
 
@@ -98,25 +96,7 @@ def test_clamped_jensen_shannon_shrinks_with_the_number_of_classes():
     assert value(8) == pytest.approx(value(0) * 2 / 10, rel=1e-4)
 
 
-# Balance and collapse
-
-
-def test_class_imbalance_is_least_where_classes_are_balanced_and_zero_where_one_takes_all():
-    certain = 1000 * torch.eye(4)
-    assert class_imbalance(certain).item() == pytest.approx(-math.log10(4))
-    alone = certain[:1].repeat(3, 1).requires_grad_()
-    assert class_imbalance(alone).item() == pytest.approx(0, abs=1e-6)
-    class_imbalance(alone).backward()
-    assert alone.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("logits", [torch.zeros(6, 4), 50 * torch.eye(4)[[2] * 6], torch.randn(1, 4).repeat(6, 1)])
-def test_the_same_answer_to_everything_tells_one_class_apart_however_sure(logits):
-    assert classes_told_apart(logits).item() == pytest.approx(1, abs=1e-5)
-
-
-def test_certain_and_balanced_answers_tell_all_classes_apart():
-    assert classes_told_apart(1000 * torch.eye(5).repeat(3, 1)).item() == pytest.approx(5)
+# Collapse
 
 
 def test_variance_within_classes_is_zero_for_one_image_per_class_and_one_for_classes_that_do_not_matter():
@@ -137,27 +117,27 @@ def test_variance_within_classes_knows_nothing_of_classes_with_one_image_each():
 # Contrast
 
 
-def test_info_nce_of_equal_features_with_one_positive_is_the_log_of_all_others():
+def test_contrast_of_equal_features_with_one_positive_is_the_log_of_all_others():
     pairs = 5
     positives = torch.eye(2 * pairs, dtype=torch.bool).roll(pairs, 0)
-    values = multi_positive_info_nce(torch.ones(2 * pairs, 3), positives)
+    values = category_contrast(torch.ones(2 * pairs, 3), positives)
     assert torch.allclose(values, torch.full((10,), math.log(2 * pairs - 1)), atol=1e-5)
 
 
-def test_info_nce_does_not_depend_on_the_order_of_the_batch_or_the_length_of_features():
+def test_contrast_does_not_depend_on_the_order_of_the_batch_or_the_length_of_features():
     features = torch.randn(8, 5, dtype=torch.float64)
     labels = torch.arange(8) % 3
     order = torch.randperm(8)
 
     def value(order: torch.Tensor, scale: float = 1.0) -> float:
         y = labels[order]
-        return multi_positive_info_nce(scale * features[order], y[:, None] == y).mean().item()
+        return category_contrast(scale * features[order], y[:, None] == y).mean().item()
 
     assert value(order) == pytest.approx(value(torch.arange(8)))
     assert value(order, 7.0) == pytest.approx(value(order))
 
 
-def test_info_nce_agrees_with_a_loop_and_leaves_out_samples_without_positives():
+def test_contrast_agrees_with_a_loop_and_leaves_out_samples_without_positives():
     features = torch.randn(5, 3, dtype=torch.float64)
     labels = [0, 0, 1, 1, 2]
     positives = torch.tensor([[a == b for b in labels] for a in labels])
@@ -167,23 +147,23 @@ def test_info_nce_agrees_with_a_loop_and_leaves_out_samples_without_positives():
         weights = [math.exp(sum(a * b for a, b in zip(h[i], h[j], strict=True)) / 0.5) for j in range(5)]
         close = sum(w for j, w in enumerate(weights) if j != i and labels[j] == labels[i])
         expected.append(-math.log(close / sum(w for j, w in enumerate(weights) if j != i)))
-    assert multi_positive_info_nce(features, positives, 0.5).tolist() == pytest.approx(expected)
-    assert multi_positive_info_nce(features, torch.zeros(5, 5, dtype=torch.bool)).shape == (0,)
+    assert category_contrast(features, positives, 0.5).tolist() == pytest.approx(expected)
+    assert category_contrast(features, torch.zeros(5, 5, dtype=torch.bool)).shape == (0,)
 
 
-def test_info_nce_pulls_positives_together():
+def test_contrast_pulls_positives_together():
     features = torch.randn(6, 4, requires_grad=True)
     positives = (torch.arange(6) % 3)[:, None] == torch.arange(6) % 3
-    before = multi_positive_info_nce(features, positives).mean()
+    before = category_contrast(features, positives).mean()
     (gradient,) = torch.autograd.grad(before, features)
     assert gradient.isfinite().all()
-    assert multi_positive_info_nce(features - 0.1 * gradient, positives).mean() < before
+    assert category_contrast(features - 0.1 * gradient, positives).mean() < before
 
 
 @pytest.mark.parametrize(("shape", "temperature"), [((3, 2), 0.1), ((4, 2), 0.0)])
-def test_info_nce_refuses_what_does_not_fit(shape, temperature):
+def test_contrast_refuses_what_does_not_fit(shape, temperature):
     with pytest.raises(ValueError, match="expected|temperature"):
-        multi_positive_info_nce(torch.ones(shape), torch.ones(4, 4, dtype=torch.bool), temperature)
+        category_contrast(torch.ones(shape), torch.ones(4, 4, dtype=torch.bool), temperature)
 
 
 def test_mean_absolute_error_is_per_sample():

@@ -6,7 +6,6 @@
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
-- :mod:`~transfuse.losses.contrastive`: samples against each other, one value per anchor
 - :mod:`~transfuse.losses.data_free`: a frozen teacher's answers to made images, one scalar
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
@@ -14,13 +13,11 @@ What runs models, keeps state or follows a schedule is a method and lives in its
 """
 
 from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
-from transfuse.losses.contrastive import multi_positive_info_nce
 from transfuse.losses.data_free import (
     agreeing_divergence,
     batch_norm_distance,
+    category_contrast,
     clamped_jensen_shannon,
-    class_imbalance,
-    classes_told_apart,
     variance_within_classes,
 )
 from transfuse.losses.divergence import (
@@ -30,9 +27,8 @@ from transfuse.losses.divergence import (
     skew_kl,
     soft_cross_entropy,
 )
-from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
-from transfuse.losses.information import entropy, marginal_entropy, mutual_information
 from transfuse.losses.feature import attention_map, attention_transfer, mean_absolute_error, mean_squared_error
+from transfuse.losses.information import entropy, marginal_entropy, mutual_information
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import mmd, rkd_angle, rkd_distance
 from transfuse.losses.supervised import cross_entropy
@@ -45,10 +41,9 @@ __all__ = [
     "attention_map",
     "attention_transfer",
     "batch_norm_distance",
+    "category_contrast",
     "clamped_jensen_shannon",
-    "class_imbalance",
     "classes_last",
-    "classes_told_apart",
     "cross_entropy",
     "domain_cross_entropy",
     "entropy",
@@ -60,7 +55,6 @@ __all__ = [
     "mean_squared_error",
     "mmd",
     "mutual_information",
-    "multi_positive_info_nce",
     "next_token",
     "reverse_gradient",
     "rkd_angle",

@@ -1,6 +1,7 @@
 """What teaches a generator that sees no data: statistics, balance and disagreement of a frozen teacher's answers.
 
-All of it couples the samples of a batch, except :func:`agreeing_divergence`, which has one value per sample.
+All of it couples the samples of a batch, except :func:`agreeing_divergence`, which has one value per sample. How
+sure and how balanced a teacher's answers are is in :mod:`transfuse.losses.information`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from transfuse.losses._inputs import at_least_float32, require_same_shape
 from transfuse.losses.divergence import kl_divergence
@@ -55,18 +57,6 @@ def agreeing_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(agree, kl_divergence(student, teacher), 0.0)
 
 
-def class_imbalance(logits: Tensor) -> Tensor:
-    """Sum over classes of p log10 p, for the mean p of the samples' class probabilities: -log10(classes) at its least.
-
-    (DAFL: Chen et al., ICCV 2019, arXiv:1904.01186.)
-
-    Args:
-        logits: `(batch, classes)`.
-    """
-    p = at_least_float32(logits).softmax(1).mean(0)
-    return (p * p.clamp(min=torch.finfo(p.dtype).tiny).log10()).sum()
-
-
 def clamped_jensen_shannon(
     student: Tensor, teacher: Tensor, *, temperature: float = 3.0, least: float = 0.01
 ) -> Tensor:
@@ -90,20 +80,6 @@ def clamped_jensen_shannon(
     return (0.5 * m * (2 * m.log() - s.log() - t.log())).mean()
 
 
-def classes_told_apart(logits: Tensor) -> Tensor:
-    """exp(H(mean p) - mean H(p)): how many classes the answers to a batch tell apart, from 1 to their number.
-
-    It is 1 where every sample gets the same answer, however sure; the inception score where the teacher is
-    Inception (Salimans et al., NeurIPS 2016, arXiv:1606.03498).
-
-    Args:
-        logits: `(batch, classes)`.
-    """
-    log_p = at_least_float32(logits).log_softmax(1)
-    mean = log_p.logsumexp(0) - torch.tensor(float(len(log_p))).log().to(log_p)
-    return ((log_p.exp() * (log_p - mean)).sum(1)).mean().exp()
-
-
 def variance_within_classes(images: Tensor, classes: Tensor) -> Tensor:
     """Share of the images' variance that is between images of one class: 0 where each class is a single image.
 
@@ -115,7 +91,7 @@ def variance_within_classes(images: Tensor, classes: Tensor) -> Tensor:
         classes: `(batch,)`.
     """
     rows = at_least_float32(images).flatten(1)
-    belongs = torch.nn.functional.one_hot(classes).to(rows)
+    belongs = F.one_hot(classes).to(rows)
     counts = belongs.sum(0)
     free = len(rows) - (counts > 0).sum()
     if free < 1:
@@ -124,3 +100,38 @@ def variance_within_classes(images: Tensor, classes: Tensor) -> Tensor:
     within = (rows - centres[classes]).square().sum() / free
     total = (rows - rows.mean(0)).square().sum() / (len(rows) - 1)
     return within / total.clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def category_contrast(features: Tensor, positives: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE in which a sample has several positives, whose sum is inside the logarithm; one value per anchor.
+
+    (The supervised contrast of CAE-DFKD, arXiv:2504.21478.) Anchors are the samples that have a positive.
+
+    value_i = -log [ sum over positives j of exp(h_i . h_j / temperature)
+                     / sum over all j != i of exp(h_i . h_j / temperature) ],  h = feature / |feature|
+
+    Args:
+        features: `(batch, dim)`; normalised here.
+        positives: boolean `(batch, batch)`, true where column j is a positive of row i; the diagonal is not read.
+        temperature: the smaller, the more the hardest negatives count.
+
+    Returns:
+        `(anchors,)`; empty where no sample has a positive.
+
+    Raises:
+        ValueError: shapes do not belong together, or the temperature is not positive.
+    """
+    if features.dim() != 2 or positives.shape != (len(features), len(features)):
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and positives of shape {tuple(positives.shape)}: "
+            "expected (batch, dim) and (batch, batch)"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, found {temperature}")
+    h = F.normalize(at_least_float32(features), dim=1)
+    itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
+    similar = (h @ h.T / temperature).masked_fill(itself, -torch.inf)
+    positives = positives & ~itself
+    anchors = positives.any(1)
+    close = similar[anchors].masked_fill(~positives[anchors], -torch.inf)
+    return similar[anchors].logsumexp(1) - close.logsumexp(1)

@@ -19,9 +19,9 @@ from transfuse.losses import (
     Term,
     agreeing_divergence,
     batch_norm_distance,
+    category_contrast,
     cross_entropy,
     kl_divergence,
-    multi_positive_info_nce,
 )
 from transfuse.synthesize.base import DataFree, image_batch
 from transfuse.synthesize.category_noise import SOURCES, CategoryNoise, category_embeddings
@@ -228,7 +228,7 @@ class CAEDFKD(DataFree):
         terms = {"kd": Term.of(divergence, unit="pooled")}
         if self.projector:
             codes = self.projector(student.features["penultimate"][len(pooled) :].flatten(1))
-            values = multi_positive_info_nce(codes, positives, self.contrast_temperature)
+            values = category_contrast(codes, positives, self.contrast_temperature)
             terms["contrast"] = self.contrast * Term(values.mean())
         return terms
 

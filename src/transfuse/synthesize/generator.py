@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transfuse.core import rng
 from transfuse.core.method import Bag
 from transfuse.core.run import Run
-from transfuse.losses import classes_told_apart, variance_within_classes
+from transfuse.losses import mutual_information, variance_within_classes
 
 
 class Generator(nn.Module):
@@ -134,7 +134,7 @@ class CollapseWatch(nn.Module):
     @torch.no_grad()
     def look(self, images: Tensor, logits: Tensor, run: Run) -> None:
         """Look at one round's images and the teacher's answers to them."""
-        found = torch.stack([classes_told_apart(logits), variance_within_classes(images, logits.argmax(1))])
+        found = torch.stack([mutual_information(logits).exp(), variance_within_classes(images, logits.argmax(1))])
         told, variance = (run.sync.sum(found) / run.world).tolist()
         most = min(logits.shape)
         signs = torch.tensor([told < 1 + self.CLASSES * (most - 1), variance < self.VARIANCE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.virtual import virtual_step
-from transfuse.losses import Term, clamped_jensen_shannon, class_imbalance, cross_entropy, mean_absolute_error
+from transfuse.losses import Term, clamped_jensen_shannon, cross_entropy, marginal_entropy, mean_absolute_error
 from transfuse.synthesize.base import DataFree, adam, image_batch
 from transfuse.synthesize.generator import Generator, gather
 from transfuse.synthesize.memory import SHARE, GenerativeMemory, RingMemory
@@ -141,7 +142,7 @@ class RetainAcquire(DataFree):
         self._made = (images.detach(), teacher.logits.detach())
         return {
             "one_hot": self.one_hot * Term.of(cross_entropy(teacher.logits, teacher.logits.detach().argmax(1))),
-            "balance": self.balance * Term(class_imbalance(teacher.logits)),
+            "balance": self.balance * Term(imbalance(teacher.logits)),
             "activation": self.activation * Term(-teacher.features["penultimate"].abs().mean()),
             "agreement": Term(1 - apart),
         }
@@ -175,7 +176,7 @@ class RetainAcquire(DataFree):
         logits = run("source", image_batch(self.autoencoder.decoder(z)), own=True).logits
         clear = self.one_hot * cross_entropy(logits, logits.detach().argmax(1)).mean()
         typical = F.mse_loss(z.var(), torch.ones_like(z.var())) + z.mean().square()
-        (gradient,) = torch.autograd.grad(clear + self.balance * class_imbalance(logits) + typical, z)
+        (gradient,) = torch.autograd.grad(clear + self.balance * imbalance(logits) + typical, z)
         with torch.no_grad():  # a first step of Adam has the length of its rate in every entry
             return self.autoencoder.decoder(z - self.lr * gradient / (gradient.abs() + 1e-8))
 
@@ -238,3 +239,8 @@ class RetainAcquire(DataFree):
                 f"RetainAcquire needs second derivatives of the target, {type(run['target']).__name__}, and an "
                 f"operation has none: {error}. Say first_order=True, or replace the operation"
             ) from error
+
+
+def imbalance(logits: Tensor) -> Tensor:
+    """Sum over classes of p log10 p, for the mean p of the predictions: -log10(classes) where they are balanced."""
+    return -marginal_entropy(logits) / math.log(10)
