@@ -47,7 +47,7 @@ class Timed(CAEDFKD):
 
     def generator_loss(self, batches: Batches, run: Run) -> Losses:
         losses = super().generator_loss(batches, run)
-        labels, logits = self._draws(batches["noise"])[0], self._made[-1][2]
+        labels, logits = self.drawn(batches["noise"]).labels, self._made[-1][2]
         self.confidence[-1].append(float(logits.softmax(1).gather(1, labels[:, None]).mean()))
         return losses
 

@@ -18,7 +18,7 @@ from transfuse.core.run import Run
 from transfuse.core.sentences import embed_sentences
 from transfuse.losses import cross_entropy
 from transfuse.synthesize import CAEDFKD
-from transfuse.synthesize.category_noise import SOURCES, CategoryNoise, category_embeddings
+from transfuse.synthesize.category_noise import SOURCES, CategoryNoise, Drawn, category_embeddings
 
 KINDS = tuple(SOURCES)
 
@@ -48,7 +48,7 @@ def run_of(method: CAEDFKD, student: nn.Module | None = None, source: nn.Module 
 def test_without_noise_all_samples_of_a_class_share_one_input():
     module = CategoryNoise(category_embeddings(None, 3), KINDS, [0.0] * 4, latent=5)
     labels, source = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 3])
-    diffused = module.diffused(labels, source, module.noise(source))
+    diffused = module.diffused(Drawn(labels, source, module.noise(source)))
     assert torch.equal(diffused[0], diffused[2]) and torch.equal(diffused[1], diffused[3])
     assert not torch.equal(diffused[0], diffused[1])
 
@@ -59,7 +59,7 @@ def test_every_source_has_mean_zero_and_variance_one_so_embeddings_are_kept_on_a
     module = CategoryNoise(category_embeddings(None, 2)[:, :8], [kind], [0.7], latent=5)
     labels, source = torch.ones(10_000, dtype=torch.long), torch.zeros(10_000, dtype=torch.long)
     drawn = module.noise(source)
-    diffused = module.diffused(labels, source, drawn)
+    diffused = module.diffused(Drawn(labels, source, drawn))
     bound = 4.5 * 0.7 / 100  # 4.5 standard errors
     assert (diffused.mean(0) - module.embeddings[1]).abs().max() < bound
     assert drawn.var().item() == pytest.approx(1, abs=0.03)
@@ -77,7 +77,7 @@ def test_the_sources_are_different_distributions():
 def test_every_sample_gets_the_noise_of_its_own_source_and_magnitude():
     module = CategoryNoise(torch.zeros(2, 4000), ["gaussian", "uniform"], [0.0, 2.0], latent=3)
     source = torch.tensor([0, 1])
-    diffused = module.diffused(source, source, module.noise(source))
+    diffused = module.diffused(Drawn(source, source, module.noise(source)))
     assert diffused[0].eq(0).all()
     assert diffused[1].abs().max() <= 2 * 3**0.5 and diffused[1].std().item() == pytest.approx(2, abs=0.1)
 
@@ -156,8 +156,8 @@ def test_the_generators_loss_is_the_weighted_sum_of_its_three_terms():
         "batch_norm": 10.0,
         "adversarial": 1.33,
     }
-    labels, source, drawn = method._drawn[0]
-    images = method.images(labels, source, drawn)
+    labels = method._drawn[0].labels
+    images = method.images(method._drawn[0])
     t = run("source", Batch(inputs=images)).logits
     assert terms["one_hot"].mean.item() == pytest.approx(cross_entropy(t, labels).mean().item(), rel=1e-5)
     given = run["source"].layer1(images)
@@ -227,7 +227,7 @@ def test_a_round_keeps_its_classes_and_noise_and_the_next_has_others():
     method, seen = CAEDFKD(**SMALL), []
 
     def note(run: Any, record: Any) -> None:
-        seen.append(method._drawn[0][0].tolist())
+        seen.append(method._drawn[0].labels.tolist())
 
     run_of(method, steps=4, listener=note).fit()
     assert len({tuple(labels) for labels in seen}) == 4

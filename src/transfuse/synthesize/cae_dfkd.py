@@ -24,7 +24,7 @@ from transfuse.losses import (
     kl_divergence,
 )
 from transfuse.synthesize.base import DataFree, image_batch
-from transfuse.synthesize.category_noise import SOURCES, CategoryNoise, category_embeddings
+from transfuse.synthesize.category_noise import SOURCES, CategoryNoise, Drawn, category_embeddings
 from transfuse.synthesize.generator import Generator, Pool, gather, redraw
 
 CODE = 128
@@ -120,7 +120,7 @@ class CAEDFKD(DataFree):
         self.projector: nn.Sequential | None = None
         self.pool = Pool(slots)
         self.units = {"pooled": self._pooled}
-        self._drawn: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._drawn: dict[int, Drawn] = {}
         self._made: list[tuple[Tensor, Tensor, Tensor]] = []
         self._best: tuple[float, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
@@ -180,10 +180,10 @@ class CAEDFKD(DataFree):
 
     def generator_loss(self, batches: Batches, run: Run) -> Losses:
         batch = batches["noise"]
-        labels, source, noise = self._draws(batch)
-        images = self.images(labels, source, noise)
+        drawn = self.drawn(batch)
+        images = self.images(drawn)
         teacher = run("source", image_batch(images), own=True)
-        terms = {"one_hot": self.one_hot * Term.of(cross_entropy(teacher.logits, labels))}
+        terms = {"one_hot": self.one_hot * Term.of(cross_entropy(teacher.logits, drawn.labels))}
         if self.batch_norm:
             layers: list[Any] = [*batch_norms(run["source"]).values()]
             statistics = [m.running_mean for m in layers], [m.running_var for m in layers]
@@ -195,11 +195,19 @@ class CAEDFKD(DataFree):
         self._made.append((batch.index, images.detach(), teacher.logits.detach()))
         return terms
 
-    def images(self, labels: Tensor, source: Tensor, noise: Tensor) -> Tensor:
-        """What the generator makes of classes, noise sources and noise."""
+    def drawn(self, batch: Batch) -> Drawn:
+        """What was drawn for a micro-batch: the same in every update of a round."""
+        assert self.noise is not None
+        first = int(batch.index[0])
+        if first not in self._drawn:
+            self._drawn[first] = self.noise.draw(batch.size)
+        return self._drawn[first]
+
+    def images(self, drawn: Drawn) -> Tensor:
+        """What the generator makes of classes and noise."""
         assert self.generator is not None
         assert self.noise is not None
-        return self.generator(self.noise(labels, source, noise))
+        return self.generator(self.noise(drawn))
 
     def after_update(self, phase: Phase, values: dict[str, Tensor], run: Run) -> None:
         if phase.name != "generator":
@@ -220,9 +228,11 @@ class CAEDFKD(DataFree):
         batch = batches["noise"]
         if self.contrast and batch.size < 8:
             raise InputError(f"CAEDFKD contrasts half of each (micro-)batch, found {batch.size} samples: use 8 or more")
-        pooled = self.pool.draw(self._pooled(batch))
-        made, positives = self._contrasted(self._pairs(batch))
-        student = run("target", image_batch(torch.cat([pooled, made])))
+        images = pooled = self.pool.draw(self._pooled(batch))
+        if self.contrast:
+            made, positives = self._contrasted(self._pairs(batch))
+            images = torch.cat([pooled, made])
+        student = run("target", image_batch(images))
         teacher = run("source", image_batch(pooled), grad=False)
         divergence = kl_divergence(student.logits[: len(pooled)], teacher.logits, temperature=self.temperature)
         terms = {"kd": Term.of(divergence, unit="pooled")}
@@ -240,34 +250,10 @@ class CAEDFKD(DataFree):
 
     @torch.no_grad()
     def _contrasted(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """Images of `pairs` classes, two of each from different noise sources, and who is whose positive."""
+        """Freshly made images of `pairs` classes, two of each from different sources, and who is whose positive."""
         assert self.noise is not None
-        if not pairs:
-            made = self.pool.draw(0)
-            return made, made.new_zeros(0, 0, dtype=torch.bool)
-        labels, first, _ = self._draw(pairs)
-        kinds = len(self.noise.sources)
-        second = (first + torch.randint(1, kinds, first.shape, device=first.device)) % kinds
-        labels, source = labels.repeat(2), torch.cat([first, second])
-        positives = (labels[:, None] == labels) & (source[:, None] != source)
-        return self.images(labels, source, self.noise.noise(source)), positives
-
-    # Drawing ---------------------------------------------------------------------------------------------------
-
-    def _draws(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The draws of a micro-batch, the same in every update of a round."""
-        first = int(batch.index[0])
-        if first not in self._drawn:
-            self._drawn[first] = self._draw(batch.size)
-        return self._drawn[first]
-
-    def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes, noise sources, and noise."""
-        assert self.noise is not None
-        device = self.noise.embeddings.device
-        labels = torch.randint(len(self.noise.embeddings), (count,), device=device)
-        source = torch.randint(len(self.noise.sources), (count,), device=device)
-        return labels, source, self.noise.noise(source)
+        drawn, positives = self.noise.pairs(pairs)
+        return self.images(drawn), positives
 
     # Arguments -------------------------------------------------------------------------------------------------
 

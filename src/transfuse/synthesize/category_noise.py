@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,14 @@ def category_embeddings(names: Sequence[str] | None, classes: int) -> Tensor:
     return vectors / vectors.square().mean(1, keepdim=True).sqrt()
 
 
+class Drawn(NamedTuple):
+    """What is drawn for each sample: its class and its source of noise, both `(batch,)`, and noise `(batch, dim)`."""
+
+    labels: Tensor
+    source: Tensor
+    noise: Tensor
+
+
 class CategoryNoise(nn.Module):
     """Latent vectors of classes: embeddings, diffused by noise of several distributions, and mixed.
 
@@ -87,15 +96,35 @@ class CategoryNoise(nn.Module):
             nn.BatchNorm1d(embeddings.shape[1], track_running_stats=False), nn.Linear(embeddings.shape[1], latent)
         )
 
+    def draw(self, count: int) -> Drawn:
+        """Classes, sources and noise, each class and source with the same probability."""
+        labels, source = self._choose(len(self.embeddings), count), self._choose(len(self.sources), count)
+        return Drawn(labels, source, self.noise(source))
+
+    def pairs(self, count: int) -> tuple[Drawn, Tensor]:
+        """Two samples of each of `count` drawn classes, from different sources, and who is whose positive.
+
+        Positives, `(2 * count, 2 * count)`, are samples of one class from different sources.
+        """
+        labels, first, _ = self.draw(count)
+        kinds = len(self.sources)
+        second = (first + 1 + self._choose(kinds - 1, count)) % kinds
+        labels, source = labels.repeat(2), torch.cat([first, second])
+        positives = (labels[:, None] == labels) & (source[:, None] != source)
+        return Drawn(labels, source, self.noise(source)), positives
+
     def noise(self, source: Tensor) -> Tensor:
         """Noise of mean 0 and variance 1, `(batch, dim)`, from the source of each sample, `(batch,)`."""
         shape = torch.Size((len(source), self.embeddings.shape[1]))
         drawn = torch.stack([SOURCES[name](shape, source.device) for name in self.sources])
         return drawn[source, torch.arange(len(source), device=source.device)]
 
-    def diffused(self, labels: Tensor, source: Tensor, noise: Tensor) -> Tensor:
+    def diffused(self, drawn: Drawn) -> Tensor:
         """Embeddings with noise, `(batch, dim)`."""
-        return self.embeddings[labels] + self.magnitudes[source] * noise
+        return self.embeddings[drawn.labels] + self.magnitudes[drawn.source] * drawn.noise
 
-    def forward(self, labels: Tensor, source: Tensor, noise: Tensor) -> Tensor:
-        return self.mix(self.diffused(labels, source, noise))
+    def forward(self, drawn: Drawn) -> Tensor:
+        return self.mix(self.diffused(drawn))
+
+    def _choose(self, kinds: int, count: int) -> Tensor:
+        return torch.randint(kinds, (count,), device=self.embeddings.device)
