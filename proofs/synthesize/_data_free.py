@@ -22,20 +22,22 @@ SHAPE = [1, 14, 14]
 SMOKE_ROUNDS = 4
 
 
+splits = cache(small_fashion)
+
+
 @cache
 def teacher(smoke: bool) -> nn.Module:
     """23,866 parameters, taught 6,000 labels of Fashion-MNIST at 14x14."""
     length = {"steps": 20} if smoke else {"epochs": 12}
-    data = small_fashion().train
+    data = splits().train
     return transfer(
         Labels(), target=lambda: SmallCNN(width=16), data=data, batch_size=64, lr=2e-3, progress=False, **length
     ).model
 
 
-@cache
 def test_pictures(smoke: bool) -> tuple[Tensor, Tensor]:
     """The real test pictures and their labels."""
-    images, labels = small_fashion(size=10).test.tensors
+    images, labels = splits().test.tensors
     count = 200 if smoke else len(images)
     return images[:count], labels[:count]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proofs.small_fashion import small_fashion
 from proofs.study import Study
-from proofs.synthesize._data_free import SHAPE, accuracy, distilled, teacher
+from proofs.synthesize._data_free import SHAPE, accuracy, distilled, splits, teacher, test_pictures
 from transfuse.core.batch import Batch
 from transfuse.core.phases import Stage
 from transfuse.core.run import Run
@@ -91,11 +90,11 @@ def agreement(trainer: Trainer) -> float | None:
 
 def streamed(settings: dict[str, Any], seed: int, smoke: bool) -> dict[str, float]:
     """Agreement with the teacher on pictures of the first two classes, after eight others have been streamed."""
-    images, labels = small_fashion().train.tensors
+    images, labels = splits().train.tensors
     parts = [images[labels // 2 == part] for part in range(PHASES)]
     method = Streamed(parts, **SETTINGS, **settings)
     student = distilled(method, lambda: SmallCNN(width=4), seed, smoke, ROUNDS // 2, **TRAINING)
-    held_out, classes = small_fashion(size=10).test.tensors
+    held_out, classes = test_pictures(smoke)
     first = held_out[classes < 2]
     with torch.no_grad():
         same = student(first).argmax(1) == teacher(smoke)(first).argmax(1)
