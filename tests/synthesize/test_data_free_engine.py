@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import CNN, digest, trainer
-from synthesize.examples_synthesize import OPTIONS, SMALL, teacher
+from synthesize.examples_synthesize import EXAMPLES, OPTIONS, SMALL, teacher
 from torch import Tensor, nn
 
+from transfuse import transfer
 from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError, ShapeError, VocabularyError
 from transfuse.core.run import Run
@@ -291,3 +292,38 @@ def test_dense_outputs_are_refused(cls):
     pixels = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 3, 1))
     with pytest.raises(InputError, match="needs a classifier|has no linear layer that gives its"):
         run_of(cls(**SMALL, **({"contrast": 0} if cls is CAEDFKD else {})), pixels, pixels).fit()
+
+
+# The one call, and its control arm
+
+
+@every_method
+def test_the_one_call_needs_no_data_and_compares_with_a_shuffled_teacher(cls):
+    example = EXAMPLES[cls.__name__]()
+    result = transfer(
+        example.method,
+        example.source,
+        example.target,
+        test=example.test,
+        compare=["shuffled teacher"],
+        progress=False,
+        **example.options,
+    )
+    assert [arm.role for arm in result.report.arms] == ["method", "control"]
+
+
+@every_method
+def test_a_shuffled_teacher_still_guides_the_generator(cls):
+    """What is dealt out to the wrong images is what the student hears; else the control would have no images."""
+    method = cls(**SMALL)
+    run = Run({"target": CNN(norm=True, seed=2), "source": teacher()}, {})
+    run.install(method.wants())
+    run.set_modes(set())
+    method.setup(run, None)
+    rows = []
+    for run.shuffled in (False, True):
+        method._drawn = {}
+        torch.manual_seed(1)
+        terms = method.generator_loss({"noise": Batch(index=torch.arange(16))}, run)
+        rows.append([term.mean.item() for term in terms.values()])
+    assert rows[0] == rows[1]
