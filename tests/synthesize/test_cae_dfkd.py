@@ -13,11 +13,12 @@ from synthesize.examples_synthesize import OPTIONS, SMALL, teacher
 from torch import Tensor, nn
 
 from transfuse.core.batch import Batch
+from transfuse.core.composition import Then
 from transfuse.core.errors import CapabilityError, InputError, MissingExtraError
 from transfuse.core.run import Run
 from transfuse.core.sentences import embed_sentences
 from transfuse.losses import cross_entropy
-from transfuse.synthesize import CAEDFKD
+from transfuse.synthesize import CAEDFKD, RetainAcquire
 from transfuse.synthesize.category_noise import SOURCES, CategoryNoise, Drawn, category_embeddings
 
 KINDS = tuple(SOURCES)
@@ -30,7 +31,7 @@ def ready(method: CAEDFKD, student: nn.Module | None = None) -> Run:
     run.set_modes(set())
     method.setup(run, None)
     run.set_modes({"target"})
-    run.clock.stage = 1
+    method.begin_stage(1, run)
     return run
 
 
@@ -38,7 +39,7 @@ def noise(count: int = 16) -> dict[str, Batch]:
     return {"noise": Batch(index=torch.arange(count))}
 
 
-def run_of(method: CAEDFKD, student: nn.Module | None = None, source: nn.Module | None = None, **settings: Any) -> Any:
+def run_of(method: Any, student: nn.Module | None = None, source: nn.Module | None = None, **settings: Any) -> Any:
     return trainer(method, student or CNN(norm=True, seed=2), source or teacher(), {}, **OPTIONS | settings)
 
 
@@ -202,6 +203,15 @@ def test_the_first_stage_fills_the_pool_without_student_and_adversary():
     assert [s[:2] for s in seen[2:]] == [(1, False)] * 6
     first = next(r for r in run.history if r["step"] <= 2)
     assert not any("adversarial" in name for name in first["terms"])
+
+
+def test_it_warms_up_after_another_method_too():
+    method = Then(RetainAcquire(**SMALL), CAEDFKD(**SMALL))
+    run = run_of(method, steps=8)
+    run.fit()
+    terms = {record["step"]: set(record["terms"]) for record in run.history}
+    assert not any("adversarial" in name for name in terms[5])  # four steps each; one of the second four warms up
+    assert "generator/adversarial" in terms[6] and "student/kd" in terms[6]
 
 
 def test_the_best_batch_of_every_round_goes_into_the_pool(monkeypatch):

@@ -119,6 +119,8 @@ class CAEDFKD(DataFree):
         self.noise: CategoryNoise | None = None
         self.projector: nn.Sequential | None = None
         self.pool = Pool(slots)
+        self.register_buffer("warming", torch.tensor(True))
+        self.warming: Tensor
         self.units = {"pooled": self._pooled}
         self._drawn: dict[int, Drawn] = {}
         self._made: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -151,6 +153,7 @@ class CAEDFKD(DataFree):
     # Stages and rounds -----------------------------------------------------------------------------------------
 
     def begin_stage(self, i: int, run: Run) -> bool:
+        self.warming.fill_(i == 0)
         return i < 2
 
     def stage(self, i: int, run: Run) -> Stage:
@@ -189,7 +192,7 @@ class CAEDFKD(DataFree):
             statistics = [m.running_mean for m in layers], [m.running_var for m in layers]
             distance = batch_norm_distance(teacher.features["batchnorm"], *statistics)
             terms["batch_norm"] = self.batch_norm * Term(distance)
-        if self.adversarial and run.clock.stage:
+        if self.adversarial and not self.warming:
             student = run("target", image_batch(images))
             terms["adversarial"] = self.adversarial * Term.of(-agreeing_divergence(student.logits, teacher.logits))
         self._made.append((batch.index, images.detach(), teacher.logits.detach()))
