@@ -8,6 +8,7 @@
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
 - :mod:`~transfuse.losses.anchor`: how far parameters have moved, one scalar
 - :mod:`~transfuse.losses.prototypes`: class means, how far those of two domains lie apart, nearness to anchors
+- :mod:`~transfuse.losses.data_free`: a frozen teacher's answers to made images, one scalar
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -15,6 +16,13 @@ What runs models, keeps state or follows a schedule is a method and lives in its
 
 from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
 from transfuse.losses.anchor import anchor_penalty
+from transfuse.losses.data_free import (
+    agreeing_divergence,
+    batch_norm_distance,
+    category_contrast,
+    clamped_jensen_shannon,
+    variance_within_classes,
+)
 from transfuse.losses.divergence import (
     Direction,
     jensen_shannon,
@@ -22,7 +30,7 @@ from transfuse.losses.divergence import (
     skew_kl,
     soft_cross_entropy,
 )
-from transfuse.losses.feature import attention_map, attention_transfer, mean_squared_error
+from transfuse.losses.feature import attention_map, attention_transfer, mean_absolute_error, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
 from transfuse.losses.prototypes import anchor_entropy, class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
@@ -42,10 +50,14 @@ __all__ = [
     "IGNORE",
     "Direction",
     "Term",
+    "agreeing_divergence",
     "anchor_entropy",
     "anchor_penalty",
     "attention_map",
     "attention_transfer",
+    "batch_norm_distance",
+    "category_contrast",
+    "clamped_jensen_shannon",
     "class_means",
     "classes_last",
     "cross_entropy",
@@ -56,6 +68,7 @@ __all__ = [
     "kl_divergence",
     "marginal_entropy",
     "mask_from_lengths",
+    "mean_absolute_error",
     "mean_alignment",
     "mean_squared_error",
     "mmd",
@@ -71,4 +84,5 @@ __all__ = [
     "u_correlation",
     "u_product",
     "u_removed",
+    "variance_within_classes",
 ]

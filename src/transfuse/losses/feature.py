@@ -27,11 +27,30 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: shapes differ, or there is no axis to average over.
     """
+    return _difference(student, teacher).square().mean(1)
+
+
+def mean_absolute_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of the absolute differences of each sample, of features or of raw logits.
+
+    Args:
+        student: `(batch, ...)` with at least two dimensions.
+        teacher: the same shape.
+
+    Returns:
+        `(batch,)`, the mean over everything but the batch axis.
+
+    Raises:
+        ValueError: shapes differ, or there is no axis to average over.
+    """
+    return _difference(student, teacher).abs().mean(1)
+
+
+def _difference(student: Tensor, teacher: Tensor) -> Tensor:
     require_same_shape(student, teacher)
     if student.dim() < 2:
         raise ValueError(f"features must be (batch, ...) with two dimensions or more, found {student.dim()}")
-    difference = at_least_float32(student) - at_least_float32(teacher)
-    return difference.square().flatten(1).mean(1)
+    return (at_least_float32(student) - at_least_float32(teacher)).flatten(1)
 
 
 def attention_map(feature: Tensor, power: float = 2) -> Tensor:

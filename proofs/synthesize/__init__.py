@@ -1,0 +1,1 @@
+"""Proofs of data-free transfer."""
