@@ -6,12 +6,18 @@
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
 - :mod:`~transfuse.losses.relation`: relations within a batch, one scalar
 - :mod:`~transfuse.losses.information`: how sure and how balanced predictions are
+- :mod:`~transfuse.losses.contrastive`: which samples belong together
+- :mod:`~transfuse.losses.decoupled`: groups of classes apart from each other
+- :mod:`~transfuse.losses.transform`: what a teacher's logits become before they are compared
+- :mod:`~transfuse.losses.transport`: plans of optimal transport between two sets
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
 """
 
 from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
+from transfuse.losses.contrastive import info_nce, nce
+from transfuse.losses.decoupled import top_k_decoupled
 from transfuse.losses.divergence import (
     Direction,
     jensen_shannon,
@@ -24,6 +30,8 @@ from transfuse.losses.information import entropy, marginal_entropy, mutual_infor
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import mmd, rkd_angle, rkd_distance
 from transfuse.losses.supervised import cross_entropy
+from transfuse.losses.transform import top_k_linspace, top_k_scaling
+from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
 
 __all__ = [
     "IGNORE",
@@ -32,9 +40,13 @@ __all__ = [
     "attention_map",
     "attention_transfer",
     "classes_last",
+    "cosine_cost",
     "cross_entropy",
+    "cut_cost",
     "domain_cross_entropy",
     "entropy",
+    "info_nce",
+    "ipot",
     "jensen_shannon",
     "kl_divergence",
     "marginal_entropy",
@@ -42,10 +54,15 @@ __all__ = [
     "mean_squared_error",
     "mmd",
     "mutual_information",
+    "nce",
     "next_token",
     "reverse_gradient",
     "rkd_angle",
     "rkd_distance",
+    "sinkhorn",
     "skew_kl",
     "soft_cross_entropy",
+    "top_k_decoupled",
+    "top_k_linspace",
+    "top_k_scaling",
 ]
