@@ -42,7 +42,7 @@ class Example:
 
 
 class CNN(nn.Module):
-    """Two convolutions `layer1`, `layer2` and a head `fc`, for 4x4 images; counts its forward passes."""
+    """Two convolutions `layer1`, `layer2`, an average and a head `fc`, for 4x4 images; counts its forward passes."""
 
     def __init__(self, width: int = 4, dropout: float = 0.0, norm: bool = False, seed: int = 0):
         super().__init__()
@@ -51,6 +51,7 @@ class CNN(nn.Module):
             self.layer1 = nn.Conv2d(1, width, 3, padding=1)
             self.norm: nn.Module = nn.BatchNorm2d(width) if norm else nn.Identity()
             self.layer2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+            self.act = nn.Tanh()
             self.drop = nn.Dropout(dropout)
             self.fc = nn.Linear(2 * width, CLASSES)
         self.calls: list[bool] = []
@@ -58,7 +59,7 @@ class CNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.calls.append(self.training)
         x = self.norm(self.layer1(images)).tanh()
-        x = self.layer2(x).tanh().mean((2, 3))
+        x = self.act(self.layer2(x)).mean((2, 3))
         return self.fc(self.drop(x))
 
 
@@ -89,9 +90,12 @@ def ragged_tokens(count: int = 12, seed: int = 0) -> dict[str, Tensor]:
 
 
 METHODS: list[type[Distillation]] = [
-    cls for name in transfuse.distill.__all__ if (cls := getattr(transfuse.distill, name)) is not Distillation
+    cls
+    for name in transfuse.distill.__all__
+    if "card" in vars(cls := getattr(transfuse.distill, name)) and cls.losses is Distillation.losses
+    if cls is not transfuse.distill.TopKD  # it needs more than CLASSES
 ]
-"""Every method of the family, from its public names."""
+"""Every method of the family, from its public names, whose step is that of the family."""
 
 
 def make(cls: type[Distillation], layer: str = "layer2") -> Distillation:

@@ -14,10 +14,11 @@ from transfuse.core.errors import MethodError
 from transfuse.core.method import Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Phase, Stage
-from transfuse.distill import KD, RKD, AttentionTransfer, Distillation, Hints, Labels
+from transfuse.distill import KD, RKD, AttentionTransfer, Distillation, Hints, Labels, WCoRD
 from transfuse.losses import Term
 
-PAIRS = [(a, b) for i, a in enumerate(METHODS) for b in METHODS[i:]]
+# Two of WCoRD have different embeddings and draw different negatives, so that neither is what it is alone.
+PAIRS = [(a, b) for i, a in enumerate(METHODS) for b in METHODS[i:] if not a is b is WCoRD]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda c: c.__name__)

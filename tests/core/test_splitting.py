@@ -33,7 +33,7 @@ from transfuse.core.errors import MethodError
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Phase, Stage
 from transfuse.core.sync import sync_for
-from transfuse.distill import KD, RKD, Distillation, Hints
+from transfuse.distill import KD, RKD, Distillation, Hints, WCoRD
 from transfuse.losses import Term, kl_divergence
 
 
@@ -85,7 +85,8 @@ def case_of(cls: type[Distillation]) -> Case:
     return make(cls), CNN(seed=0), CNN(width=6, seed=1), images(), "classification"
 
 
-SAMPLE_WISE = [cls for cls in METHODS if cls is not RKD]  # relations couple the samples of a micro-batch, and say so
+COUPLED = {RKD, WCoRD}  # relations and transport couple the samples of a micro-batch, and say so
+SAMPLE_WISE = [cls for cls in METHODS if cls not in COUPLED]
 CASES: dict[str, Callable[[], Case]] = {
     **{cls.__name__: lambda cls=cls: case_of(cls) for cls in SAMPLE_WISE},
     "every unit": lambda: token_case(Mixed()),

@@ -613,6 +613,23 @@ def test_validation_may_change_modes_and_draw_random_numbers():
     assert digest(with_it) == digest(trainer(Labels(), pair()[0], None, images()).fit())
 
 
+def test_an_update_that_overflows_first_thing_leaves_no_trace_in_the_momentum():
+    p = nn.Parameter(torch.ones(1000))
+    optimizer = Training(steps=1, optimizer="sgd", lr=0.1, weight_decay=0.0, precision="fp16").make_optimizer(
+        [{"params": [p]}]
+    )
+    scaler = torch.amp.GradScaler("cpu")
+    junk = [torch.full((1000,), 1e30) for _ in range(50)]  # what memory that is not set may hold
+    junk.clear()
+    for factor in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale((p * factor).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.allclose(p.detach(), torch.full((1000,), 0.9))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("cls", METHODS, ids=lambda c: c.__name__)
 def test_losses_are_float32_in_every_precision(cls, precision):

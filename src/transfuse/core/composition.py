@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Several(Method):
-    """What a sum and a sequence of methods have in common."""
+    """What a sum and a sequence of methods have in common: made of others, it does what they do."""
 
     def __init__(self, methods: Iterable[Method]):
         super().__init__()
@@ -49,6 +49,18 @@ class Several(Method):
     def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.methods[-1].correct(logits, labels)
 
+    def begin_stage(self, i: int, run: Run) -> bool:
+        begun = [method.begin_stage(i, run) for method in self.methods]  # every part, whatever the first says
+        return all(begun)
+
+    def begin_epoch(self, run: Run) -> None:
+        for method in self.methods:
+            method.begin_epoch(run)
+
+    def end_stage(self, i: int, run: Run) -> None:
+        for method in self.methods:
+            method.end_stage(i, run)
+
     def deploy(self, target: nn.Module) -> nn.Module:
         for method in self.methods:
             target = method.deploy(target)
@@ -76,18 +88,6 @@ class Sum(Several):
                 unique = self._names[i][name] = name if name not in terms else f"{name}.{i}"
                 terms[unique] = factor * term
         return terms
-
-    def begin_stage(self, i: int, run: Run) -> bool:
-        begun = [method.begin_stage(i, run) for method in self.methods]  # every part, whatever the first says
-        return all(begun)
-
-    def begin_epoch(self, run: Run) -> None:
-        for method in self.methods:
-            method.begin_epoch(run)
-
-    def end_stage(self, i: int, run: Run) -> None:
-        for method in self.methods:
-            method.end_stage(i, run)
 
     def after_update(self, phase: Phase, values: dict[str, Tensor], run: Run) -> None:
         for method, names in zip(self.methods, self._names, strict=True):

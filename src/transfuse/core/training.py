@@ -87,6 +87,8 @@ class Training:
             return self.optimizer(groups)
         parameters = [p for group in groups for p in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        # torch's fused SGD leaves its momentum unset memory where the first step is skipped for an overflow.
+        fused = fused and not (self.optimizer == "sgd" and self.precision == "fp16")
         own = {"momentum": self.momentum} if self.optimizer == "sgd" else {}
         kind = OPTIMIZERS[self.optimizer]
         return kind(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused, **own)

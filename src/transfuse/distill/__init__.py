@@ -5,9 +5,25 @@ Read :mod:`transfuse.distill.base` first, then any one method: each file is one 
 
 from transfuse.distill.attention_transfer import AttentionTransfer
 from transfuse.distill.base import Distillation
+from transfuse.distill.catkd import CATKD
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
 from transfuse.distill.rkd import RKD
+from transfuse.distill.topkd import TopKD, TopKScaled
+from transfuse.distill.transformed import Transformed
+from transfuse.distill.wcord import WCoRD
 
-__all__ = ["KD", "RKD", "AttentionTransfer", "Distillation", "Hints", "Labels"]
+__all__ = [
+    "CATKD",
+    "KD",
+    "RKD",
+    "AttentionTransfer",
+    "Distillation",
+    "Hints",
+    "Labels",
+    "TopKD",
+    "TopKScaled",
+    "Transformed",
+    "WCoRD",
+]

@@ -9,6 +9,10 @@
 - :mod:`~transfuse.losses.anchor`: how far parameters have moved, one scalar
 - :mod:`~transfuse.losses.prototypes`: class means, how far those of two domains lie apart, nearness to anchors
 - :mod:`~transfuse.losses.data_free`: a frozen teacher's answers to made images, one scalar
+- :mod:`~transfuse.losses.contrastive`: which samples belong together
+- :mod:`~transfuse.losses.decoupled`: groups of classes apart from each other
+- :mod:`~transfuse.losses.transform`: what a teacher's logits become before they are compared
+- :mod:`~transfuse.losses.transport`: plans of optimal transport between two sets
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -16,6 +20,7 @@ What runs models, keeps state or follows a schedule is a method and lives in its
 
 from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
 from transfuse.losses.anchor import anchor_penalty
+from transfuse.losses.contrastive import info_nce, nce
 from transfuse.losses.data_free import (
     agreeing_divergence,
     batch_norm_distance,
@@ -23,6 +28,7 @@ from transfuse.losses.data_free import (
     clamped_jensen_shannon,
     variance_within_classes,
 )
+from transfuse.losses.decoupled import top_k_decoupled
 from transfuse.losses.divergence import (
     Direction,
     jensen_shannon,
@@ -45,6 +51,8 @@ from transfuse.losses.relation import (
     u_removed,
 )
 from transfuse.losses.supervised import cross_entropy
+from transfuse.losses.transform import top_k_linspace, top_k_scaling
+from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
 
 __all__ = [
     "IGNORE",
@@ -60,10 +68,14 @@ __all__ = [
     "clamped_jensen_shannon",
     "class_means",
     "classes_last",
+    "cosine_cost",
     "cross_entropy",
+    "cut_cost",
     "distance_correlation",
     "domain_cross_entropy",
     "entropy",
+    "info_nce",
+    "ipot",
     "jensen_shannon",
     "kl_divergence",
     "marginal_entropy",
@@ -73,13 +85,18 @@ __all__ = [
     "mean_squared_error",
     "mmd",
     "mutual_information",
+    "nce",
     "next_token",
     "reverse_gradient",
     "rkd_angle",
     "rkd_distance",
+    "sinkhorn",
     "skew_kl",
     "soft_cross_entropy",
     "soft_labels",
+    "top_k_decoupled",
+    "top_k_linspace",
+    "top_k_scaling",
     "u_centred",
     "u_correlation",
     "u_product",
