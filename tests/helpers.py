@@ -89,9 +89,16 @@ def ragged_tokens(count: int = 12, seed: int = 0) -> dict[str, Tensor]:
 
 
 METHODS: list[type[Distillation]] = [
-    cls for name in transfuse.distill.__all__ if (cls := getattr(transfuse.distill, name)) is not Distillation
+    cls
+    for name in transfuse.distill.__all__
+    if isinstance(cls := getattr(transfuse.distill, name), type)
+    and issubclass(cls, Distillation)
+    and cls is not Distillation
+    and cls.losses is Distillation.losses
 ]
-"""Every method of the family, from its public names."""
+"""Every method of the family, from its public names, whose step is that of the family: `loss(student, teacher, batch,
+clock)` on the data as it comes. Methods that train their teachers too (`Online`) or make batches of their own (`SLA`)
+have tests of their own."""
 
 
 def make(cls: type[Distillation], layer: str = "layer2") -> Distillation:

@@ -5,9 +5,14 @@ Read :mod:`transfuse.distill.base` first, then any one method: each file is one 
 
 from transfuse.distill.attention_transfer import AttentionTransfer
 from transfuse.distill.base import Distillation
+from transfuse.distill.bdkd import BDKD
+from transfuse.distill.dml import DML
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
+from transfuse.distill.online import Online
+from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
+from transfuse.distill.sla import SLA
 
-__all__ = ["KD", "RKD", "AttentionTransfer", "Distillation", "Hints", "Labels"]
+__all__ = ["BDKD", "DML", "KD", "ORC", "RKD", "SLA", "AttentionTransfer", "Distillation", "Hints", "Labels", "Online"]

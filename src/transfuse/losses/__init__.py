@@ -14,6 +14,8 @@ What runs models, keeps state or follows a schedule is a method and lives in its
 from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
 from transfuse.losses.divergence import (
     Direction,
+    balanced_kl,
+    entropy,
     jensen_shannon,
     kl_divergence,
     skew_kl,
@@ -31,6 +33,7 @@ __all__ = [
     "Term",
     "attention_map",
     "attention_transfer",
+    "balanced_kl",
     "classes_last",
     "cross_entropy",
     "domain_cross_entropy",

@@ -7,6 +7,7 @@ here is trained on: losses are in :mod:`transfuse.losses`.
 
 from transfuse.measure.calibration import (
     Reliability,
+    brier_score,
     expected_calibration_error,
     reliability,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Reliability",
     "agreement",
     "bootstrap",
+    "brier_score",
     "correct",
     "cost",
     "disagreement",
