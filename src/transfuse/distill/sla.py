@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,7 +17,6 @@ from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.taps import PENULTIMATE, trace_penultimate
-from transfuse.core.watch import TransferWarning
 from transfuse.distill.base import Distillation
 from transfuse.distill.views import Aggregated, Average, Views
 from transfuse.losses import IGNORE, Term, cross_entropy, kl_divergence
@@ -110,11 +108,10 @@ class SLA(Distillation):
         except ValueError as error:
             raise ShapeError(f"SLA cannot use these images: {error}") from error
         for one, other in same:
-            warnings.warn(
+            run.watch.say(
+                f"equal views: {one}, {other}",
                 f"the views {one} and {other} of a whole batch are equal, so telling them apart can only be guessed. "
                 "Do the pictures have colours, and an upper side? Leave one of the views out",
-                TransferWarning,
-                stacklevel=2,
             )
         outputs = run("target", sample, grad=False)
         feature, classes = outputs.features[PENULTIMATE], outputs.logits.shape[1]
