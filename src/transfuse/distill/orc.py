@@ -122,7 +122,7 @@ class ORC(Online):
         if self.feedback and not (isinstance(sample.inputs, Tensor) and sample.inputs.is_floating_point()):
             raise InputError("ORC mixes samples, which needs inputs that are one tensor of floats; or feedback=False")
         self.table["promotions"] = torch.zeros(0, students, dtype=torch.long)
-        self.table["ranking"] = torch.full((students,), torch.nan)
+        self.table["ranking"] = torch.full((students,), torch.inf)  # nobody was ranked yet
 
     def stage(self, i: int, run: Run) -> Stage:
         pivot, *students = self.group(run)
@@ -215,7 +215,7 @@ class ORC(Online):
             loss, errors, count = run.sync.sum(torch.stack(self._seen.sums).sum(0))
             rates = {"loss": loss / count.clamp(min=1), "errors": errors / count.clamp(min=1)}
             now, before = rates["loss" if self.rank == "loss" else "errors"], self.table["ranking"]
-            scores = torch.where(before.isnan(), now, self.momentum * before + (1 - self.momentum) * now)
+            scores = torch.where(before.isinf(), now, self.momentum * before + (1 - self.momentum) * now)
             students = self.students(run)
             self._decision = Decision(rates, scores, [students[k] for k in self.promote(scores)])
         return self._decision
