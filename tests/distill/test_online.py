@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CNN, assert_equal_gradients, digest, images
+from helpers import CNN, assert_equal_gradients, digest, images, language_model, ragged_tokens
 from torch import Tensor, nn
 
 from transfuse.core.batch import Batch
@@ -36,13 +35,13 @@ def networks(count: int = 2, **options: Any) -> dict[str, CNN]:
     return {role: CNN(width=8 - i, seed=i, **options) for i, role in enumerate([*sources, "target"])}
 
 
-def trainer(method: Method, roles: dict[str, CNN], data: Any = None, **options: Any) -> Trainer:
-    run = {k: options.pop(k) for k in ("folder", "listener", "shuffled", "sync") if k in options}
+def trainer(method: Method, roles: dict[str, nn.Module], data: Any = None, **options: Any) -> Trainer:
+    run = {k: options.pop(k) for k in ("folder", "listener", "shuffled", "sync", "task") if k in options}
     settings = {"steps": 6, "batch_size": 6, "optimizer": "sgd", "lr": 0.1, "checkpoint_every": 0.0} | options
     return Trainer(method, roles, {"data": as_data(labelled() if data is None else data)}, Training(**settings), **run)
 
 
-def first_gradients(method: Method, roles: dict[str, CNN], **options: Any) -> dict[str, Tensor]:
+def first_gradients(method: Method, roles: dict[str, nn.Module], **options: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def take(run: Trainer, record: Any) -> None:
@@ -113,6 +112,17 @@ def test_networks_that_agree_teach_each_other_nothing(name):
 def test_micro_batches_change_no_gradient(name):
     whole = first_gradients(METHODS[name](), networks(3))
     assert_equal_gradients(whole, first_gradients(METHODS[name](), networks(3), micro_batch=5))
+
+
+@pytest.mark.parametrize("columns", [1, 6])
+@pytest.mark.parametrize("name", METHODS)
+def test_of_texts_only_scored_tokens_count(name, columns):
+    def gradients(extra: int) -> dict[str, Tensor]:
+        roles = {"source": language_model(1, dim=12), "target": language_model(0)}
+        data = {key: nn.functional.pad(value, (0, extra)) for key, value in ragged_tokens().items()}
+        return first_gradients(METHODS[name](), roles, data=data, task="language-model")
+
+    assert_equal_gradients(gradients(0), gradients(columns))
 
 
 class Killed(BaseException):
@@ -283,6 +293,6 @@ def test_bdkd_refuses_settings_out_of_range(wrong):
         DML(temperature=0.0)
 
 
-def test_deploys_the_target_itself(tmp_path: Path):
+def test_deploys_the_target_itself():
     roles = networks()
     assert trainer(BDKD(), roles).fit() is roles["target"]

@@ -15,7 +15,6 @@ from transfuse.losses.adversarial import domain_cross_entropy, reverse_gradient
 from transfuse.losses.divergence import (
     Direction,
     balanced_kl,
-    entropy,
     jensen_shannon,
     kl_divergence,
     skew_kl,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from transfuse.losses._inputs import at_least_float32, require_same_shape
+from transfuse.losses.information import entropy
 from transfuse.losses.reduction import classes_last
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
@@ -206,7 +207,7 @@ def balanced_kl(
     if smooth is not None and not smooth > 0:
         raise ValueError(f"smooth must be positive, found {smooth}: None is a step")
     log_s, log_t = _log_probabilities(student, teacher, temperature)
-    gap = (_entropy(log_t) - _entropy(log_s)).detach()
+    gap = (entropy(teacher / temperature) - entropy(student / temperature)).detach()
     if smooth is None:
         surer, less_sure = (gap > 0).to(gap.dtype), (gap < 0).to(gap.dtype)
     else:
@@ -214,27 +215,6 @@ def balanced_kl(
     forward, reverse = _kl_to_mixture(log_t, log_s, 0.0), _kl_to_mixture(log_s, log_t, 0.0)
     value = (1 + (nu - 1) * surer) * forward + (1 + (nu - 1) * less_sure) * reverse
     return value * temperature**2 if temperature_squared else value
-
-
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of each row's distribution, in nats.
-
-    Args:
-        logits: in one of the three shapes of this module.
-        temperature: divides them.
-
-    Raises:
-        ValueError: the shape is none of the three, or the temperature is not positive.
-
-    >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))  # two equal chances: log(2); certainty: 0
-    tensor([0.6931, 0.0000])
-    """
-    return _entropy(_log_probabilities(logits, logits, temperature)[0])
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    p = log_p.exp()
-    return -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
 
 
 def _log_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
