@@ -13,9 +13,8 @@ from transfuse.losses import IGNORE
 from transfuse.models import MLP
 
 
-def few_shot() -> Splits:
-    """50 labelled pictures of each class, and no others."""
-    splits = fashion_mnist(labels=500)
+def few_shot(splits: Splits) -> Splits:
+    """Without the training pictures whose labels are hidden."""
     assert isinstance(splits.train, TensorDataset)
     images, labels = splits.train.tensors
     known = labels != IGNORE
@@ -26,7 +25,7 @@ PROOF = Proof(
     name="sla",
     proves=("SLA",),
     data="Fashion-MNIST, 50 training images of each class with labels, 10,000 to test",
-    splits=few_shot,
+    splits=lambda: few_shot(fashion_mnist(labels=500)),
     source=None,
     target=lambda: MLP(784, [128]),
     method=SLA("SLA", inference="aggregated"),
