@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +13,6 @@ from proofs.study import Numbers, Study
 from transfuse import transfer
 from transfuse.core.phases import Batches, Losses
 from transfuse.core.run import Run
-from transfuse.core.trainer import Trainer
 from transfuse.distill import DML, KD, ORC, Labels
 from transfuse.models import MLP, SmallCNN
 
@@ -54,17 +52,11 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     pivot = trained_pivot(smoke)
     assistants = [drawn(partial(SmallCNN, width=w), seed, "assistant", w) for w in (12, 6)]
     arms = [DML(temperature=4.0), NotTaughtBefore(), FixedTeacher(), "shuffled teacher"]
-    methods: dict[str, Any] = {}
-
-    def keep(arm: str, seed: int, trainer: Trainer, record: Any) -> None:
-        methods[arm] = trainer.method
-
-    group = transfer(ORC(), [pivot, *assistants], student, compare=arms, listener=keep, **given)
+    group = transfer(ORC(), [pivot, *assistants], student, compare=arms, **given)
     alone = transfer(KD(temperature=4.0, alpha=0.5), pivot, student, compare=["scratch"], **given)
     found = {**numbers(group), **numbers(alone)}
-    updates = methods["ORC()"].promotions.sum(1)[0]
-    for name, first, last in zip(("CNN 12", "CNN 6", "MLP"), *methods["ORC()"].promotions[[0, -1]], strict=True):
-        found["ORC()"] |= {f"{name} promoted, first epoch": first / updates, f"{name}, last epoch": last / updates}
+    for role, shares in group.arms[0].runs[0].panels[0]["series"].items():
+        found["ORC()"] |= {f"{role} promoted, {when} epoch": shares[at][1] for when, at in (("first", 0), ("last", -1))}
     return found
 
 

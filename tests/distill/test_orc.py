@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import CNN, digest, images
 from processes import on_ranks
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from transfuse.core.batch import Batch
@@ -25,6 +26,7 @@ from transfuse.core.training import Training
 from transfuse.distill import KD, ORC
 from transfuse.distill.orc import apportion
 from transfuse.losses import cross_entropy, kl_divergence
+from transfuse.report.panels import Lines, Panel
 
 STUDENTS = ["source.1", "source.2", "target"]
 
@@ -169,6 +171,11 @@ def test_the_table_of_roles_has_a_row_per_epoch_and_k_promotions_per_update():
     run.fit()
     assert method.promotions.shape == (3, 3)
     assert method.promotions.sum(1).tolist() == [4, 4, 4]
+    (panel,) = method.panels()
+    assert isinstance(TypeAdapter(Panel).validate_python(panel), Lines)
+    assert list(panel["series"]) == STUDENTS
+    for epoch in range(3):
+        assert sum(series[epoch][1] for series in panel["series"].values()) == pytest.approx(2)
     assert method._decision is None
     assert not method._seen.wrong
 

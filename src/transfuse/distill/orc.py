@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class ORC(Online):
     promoted like any other. Ranks count the whole update, feedback is drawn within each micro-batch. Which student
     taught how often in which epoch is kept in :attr:`promotions`.
 
-    The paper leaves T, beta, the mixing and how shares are rounded open: these are ours. A sum of two distillation
-    terms pulls twice as hard as one teacher does: mind it when comparing.
+    T, beta, the mixing and how shares are rounded are ours, not checked against the authors'. A sum of two
+    distillation terms pulls twice as hard as one teacher does: mind it when comparing.
 
     Args:
         temperature: T > 0.
@@ -208,6 +208,14 @@ class ORC(Online):
             self.table["ranking"] = decided.scores
             self.promotions[-1, [self.students(run).index(role) for role in decided.promoted]] += 1
             self._seen, self._decision = Seen(), None
+
+    def panels(self) -> list[dict[str, Any]]:
+        students = self.promotions.shape[1]
+        names = [*(f"source.{k}" for k in range(1, students)), "target"]
+        shares = self.promotions.double() / self.promotions.sum(1, keepdim=True).clamp(min=1) * self.promoted
+        series = {name: list(enumerate(shares[:, k].tolist(), start=1)) for k, name in enumerate(names)}
+        title, y = "Who was promoted", "share of updates"
+        return [{"kind": "lines", "title": title, "x": "epoch", "y": y, "series": series}] if self.promoted else []
 
     def _decided(self, run: Run) -> Decision:
         """How the students did in this update over all processes, and who is promoted for it; found out once."""
