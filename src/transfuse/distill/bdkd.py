@@ -31,7 +31,7 @@ class BDKD(Online):
     those before it and the teacher of those behind it, and either sum is divided by how many they are.
     Calibration, measured at temperature 1, is what it promises to improve; the target is used alone.
 
-    That h turns the balance is the paper's; the step between 1 and `nu`, its size and T are ours, not checked against it.
+    That h turns the balance is the paper's; the step from 1 to `nu`, its size and T are ours, not checked against it.
 
     Args:
         temperature: T > 0.
