@@ -39,8 +39,8 @@ class ORC(Online):
     few. Where nobody erred, L_I is the cross-entropy on the batch.
 
     `source` is a list: the pivot, trained before, then the other students; the target is the last student, and may be
-    promoted like any other. Ranks count the whole update, feedback is drawn within each micro-batch. Which student
-    taught how often in which epoch is kept in :attr:`promotions`.
+    promoted like any other. Ranks count the whole update, feedback is drawn within each micro-batch. To be ranked,
+    students run once more, without a graph. Which taught how often in which epoch is kept in :attr:`promotions`.
 
     T, beta, the mixing and how shares are rounded are ours, not checked against the authors'. A sum of two
     distillation terms pulls twice as hard as one teacher does: mind it when comparing.
