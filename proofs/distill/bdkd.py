@@ -53,4 +53,14 @@ PROOF = Study(
         "most 0.002 above DML. Accuracy: BDKD not below scratch by more than half a point; no gain is expected"
     ),
     seeds=(0, 1, 2, 3, 4),
+    notes=(
+        "As expected in every point. Beside NLL: ECE 0.063 for BDKD, 0.074 for DML, 0.079 for scratch and 0.130 "
+        "for KD from a trained teacher; accuracy 0.784 against 0.779 for scratch and 0.781 for DML; Brier 0.307, "
+        "0.319 and 0.314. Most of what BDKD gains over DML comes from adding the reverse divergence at all (nu=1): "
+        "the balance adds 0.010 of NLL to that, in every seed. A shuffled teacher costs little accuracy and makes "
+        "the student unsure of everything, hence its NLL. The setting is one of small data, chosen because effects "
+        "on calibration show only where students are over-confident; it had been tried on validation data with "
+        "seeds 100 to 102. How the paper turns the entropy gap into weights could not be checked: the step is "
+        "ours."
+    ),
 )
