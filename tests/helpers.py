@@ -92,10 +92,14 @@ def ragged_tokens(count: int = 12, seed: int = 0) -> dict[str, Tensor]:
 METHODS: list[type[Distillation]] = [
     cls
     for name in transfuse.distill.__all__
-    if "card" in vars(cls := getattr(transfuse.distill, name)) and cls.losses is Distillation.losses
-    if cls is not transfuse.distill.TopKD  # it needs more than CLASSES
+    if isinstance(cls := getattr(transfuse.distill, name), type)
+    and "card" in vars(cls)
+    and cls.losses is Distillation.losses
+    and cls is not transfuse.distill.TopKD  # it needs more than CLASSES
 ]
-"""Every method of the family, from its public names, whose step is that of the family."""
+"""Every method of the family, from its public names, whose step is that of the family: `loss(student, teacher, batch,
+clock)` on the data as it comes. Methods that train their teachers too (`Online`) or make batches of their own (`SLA`)
+have tests of their own."""
 
 
 def make(cls: type[Distillation], layer: str = "layer2") -> Distillation:

@@ -5,7 +5,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from transfuse.core.errors import InputError
-from transfuse.measure import expected_calibration_error, reliability
+from transfuse.measure import brier_score, expected_calibration_error, reliability
 
 
 def sampled(scale: float, classes: int = 6, samples: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,3 +72,23 @@ def test_refuses_what_cannot_be_binned():
         expected_calibration_error(logits, labels + 1)
     with pytest.raises(InputError, match="at least one sample"):
         expected_calibration_error(logits[:0], labels[:0])
+
+
+def test_a_calibrated_stream_has_almost_no_error():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(100_000, 5, generator=draw)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=draw)[:, 0]
+    assert expected_calibration_error(logits, labels) < 0.01
+
+
+def test_brier_score_is_the_squared_distance_to_the_truth():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]])
+    found = brier_score(probabilities.log(), torch.tensor([0, 2]))
+    assert found.tolist() == pytest.approx([0.09 + 0.04 + 0.01, 0.49 + 0.04 + 0.81])
+
+
+def test_brier_score_goes_from_sure_and_right_to_sure_and_wrong():
+    logits = torch.tensor([[1000.0, 0.0]]).expand(2, 2)
+    assert brier_score(logits, torch.tensor([0, 1])).tolist() == [0.0, 2.0]
+    with pytest.raises(InputError, match=r"in \[0, 2\)"):
+        brier_score(logits, torch.tensor([0, 2]))

@@ -5,23 +5,33 @@ Read :mod:`transfuse.distill.base` first, then any one method: each file is one 
 
 from transfuse.distill.attention_transfer import AttentionTransfer
 from transfuse.distill.base import Distillation
+from transfuse.distill.bdkd import BDKD
 from transfuse.distill.catkd import CATKD
+from transfuse.distill.dml import DML
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
+from transfuse.distill.online import Online
+from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
+from transfuse.distill.sla import SLA
 from transfuse.distill.topkd import TopKD, TopKScaled
 from transfuse.distill.transformed import Transformed
 from transfuse.distill.wcord import WCoRD
 
 __all__ = [
+    "BDKD",
     "CATKD",
+    "DML",
     "KD",
+    "ORC",
     "RKD",
+    "SLA",
     "AttentionTransfer",
     "Distillation",
     "Hints",
     "Labels",
+    "Online",
     "TopKD",
     "TopKScaled",
     "Transformed",

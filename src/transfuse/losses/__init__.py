@@ -31,6 +31,7 @@ from transfuse.losses.data_free import (
 from transfuse.losses.decoupled import top_k_decoupled
 from transfuse.losses.divergence import (
     Direction,
+    balanced_kl,
     jensen_shannon,
     kl_divergence,
     skew_kl,
@@ -63,6 +64,7 @@ __all__ = [
     "anchor_penalty",
     "attention_map",
     "attention_transfer",
+    "balanced_kl",
     "batch_norm_distance",
     "category_contrast",
     "clamped_jensen_shannon",

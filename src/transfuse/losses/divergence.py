@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from transfuse.losses._inputs import at_least_float32, require_same_shape
+from transfuse.losses.information import entropy
 from transfuse.losses.reduction import classes_last
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
@@ -172,6 +173,47 @@ def soft_cross_entropy(
     log_s, log_t = _log_probabilities(student, teacher, temperature)
     t = log_t.exp()
     value = _expectation(t, torch.where(t > 0, -log_s, 0.0))
+    return value * temperature**2 if temperature_squared else value
+
+
+def balanced_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    nu: float = 2.0,
+    smooth: float | None = None,
+    temperature: float = 1.0,
+    temperature_squared: bool = True,
+) -> Tensor:
+    """Both KL divergences, balanced by which side is surer (BD-KD: Amara et al., 2022, arXiv:2212.12965).
+
+    With the entropy gap h = H(teacher) - H(student), the value is w_f * KL(teacher || student) +
+    w_r * KL(student || teacher). Where the student is surer than the teacher (h > 0) w_f is `nu` and w_r is 1,
+    where it is less sure the other way round, at h = 0 both are 1. No gradient flows through h.
+
+    Args:
+        student: logits, in one of the three shapes of this module.
+        teacher: logits of the same shape.
+        nu: 1 or more; at 1 the value is the Jeffreys divergence.
+        smooth: a width s replaces the step by w_f = 1 + (nu - 1) * sigmoid(h / s), w_r by the same of -h.
+        temperature: divides both logits, also for the entropies.
+        temperature_squared: multiply the value by the square of the temperature.
+
+    Raises:
+        ValueError: as in :func:`kl_divergence`, nu is below 1, or the width is not positive.
+    """
+    if not nu >= 1:
+        raise ValueError(f"nu must be 1 (no balance) or more, found {nu}")
+    if smooth is not None and not smooth > 0:
+        raise ValueError(f"smooth must be positive, found {smooth}: None is a step")
+    log_s, log_t = _log_probabilities(student, teacher, temperature)
+    gap = (entropy(teacher / temperature) - entropy(student / temperature)).detach()
+    if smooth is None:
+        surer, less_sure = (gap > 0).to(gap.dtype), (gap < 0).to(gap.dtype)
+    else:
+        surer, less_sure = torch.sigmoid(gap / smooth), torch.sigmoid(-gap / smooth)
+    forward, reverse = _kl_to_mixture(log_t, log_s, 0.0), _kl_to_mixture(log_s, log_t, 0.0)
+    value = (1 + (nu - 1) * surer) * forward + (1 + (nu - 1) * less_sure) * reverse
     return value * temperature**2 if temperature_squared else value
 
 

@@ -10,6 +10,7 @@ from transfuse.measure.adversarial import AdversarialTransferability
 from transfuse.measure.base import Measure, Measurement, Table
 from transfuse.measure.calibration import (
     Reliability,
+    brier_score,
     expected_calibration_error,
     reliability,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "average_accuracy",
     "backward_transfer",
     "bootstrap",
+    "brier_score",
     "correct",
     "cost",
     "disagreement",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transfuse.core.errors import InputError
+from transfuse.measure.checks import check_labels, check_logits
 from transfuse.measure.classification import correct
 
 
@@ -55,6 +56,18 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
         accuracy=empty.index_add(0, place, right) / count,
         count=count,
     )
+
+
+def brier_score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared distance between the probabilities and the truth, summed over classes (Brier, 1950): from 0, sure and
+    right, to 2, sure and wrong.
+
+    Returns:
+        `(samples,)` float; arguments and errors as in :func:`transfuse.measure.correct`.
+    """
+    labels = check_labels(labels, *check_logits(logits).shape)
+    truth = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return (logits.detach().double().softmax(dim=1) - truth).square().sum(dim=1).float()
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
