@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -38,8 +38,10 @@ from transfuse.distill import Labels
 from transfuse.embedding import domain_panels
 from transfuse.evaluation import HIGHER_IS_BETTER, Evaluation, evaluate, main_metric
 from transfuse.given import HeldOut, read, read_held_out, read_sources, read_streams
+from transfuse.inspection import Inspection
+from transfuse.inspection import inspect as inspect_models
 from transfuse.losses import IGNORE
-from transfuse.measure import VALIDATORS, correct
+from transfuse.measure import VALIDATORS, Measure, correct
 from transfuse.probing import first_logits, footprint, has_labels, infer_task, reinitialised, require_fit
 from transfuse.tracking import Tracking
 
@@ -103,13 +105,25 @@ class Result:
         return folder
 
 
+@overload
 def transfer(
-    method: Method,
+    method: Method, source: Any = None, target: Target | None = None, data: Any = None, **options: Any
+) -> Result: ...
+
+
+@overload
+def transfer(
+    method: Measure, source: Any = None, target: Any = None, data: Any = None, **options: Any
+) -> Inspection: ...
+
+
+def transfer(
+    method: Method | Measure,
     source: Any = None,
-    target: Target | None = None,
+    target: Any = None,
     data: Any = None,
     **options: Any,
-) -> Result:
+) -> Result | Inspection:
     """Move knowledge from a source into a target over data, by a method, and report whether it arrived.
 
     Args:
@@ -124,9 +138,14 @@ def transfer(
         options: as for :class:`Transfer`: `validate`, `test`, `compare`, `seeds`, `out`, ..., and everything
             that :class:`~transfuse.core.training.Training` takes: `epochs`, `batch_size`, `lr`, ...
 
+    A measure may stand in the place of the method. Then nothing is trained, the options are those of
+    :func:`transfuse.inspection.inspect`, and what comes back has a `measurement`.
+
     Raises:
         TransferError: with what was expected, what was found and what to do, before training where possible.
     """
+    if isinstance(method, Measure):
+        return inspect_models(method, source, target, data, **options)
     return Transfer(method, source, target, data, **options).run()
 
 

@@ -158,7 +158,8 @@ def check(recipe: RecipeFile, as_json: AsJson = False) -> None:
     if as_json:
         say(out, json.dumps({"ok": True, **found}, indent=2))
         return
-    out.print(checked(found))
+    if "measure" not in found:
+        out.print(checked(found))
     say(out, f"This recipe runs. Next: transfuse run {recipe}")
 
 

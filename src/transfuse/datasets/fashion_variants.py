@@ -179,6 +179,75 @@ def fashion_tasks(
     return Splits(**parts, classes=None if renumber else CLASSES, name=name)
 
 
+def fashion_discovery(
+    known: Sequence[int] = (0, 1, 2, 3, 5),
+    novel: Sequence[int] = (4, 6, 7, 8, 9),
+    per_class: int = 200,
+    seed: int = 0,
+    side: int = 28,
+    folder: str | Path | None = None,
+) -> Splits:
+    """Known classes with labels, and novel ones without; by default each novel class is close to a known one.
+
+    Train is `labelled` and `unlabelled`, test is `old` and `new`. Labels count the known classes first, then the novel
+    ones; those of `unlabelled` are there for measuring, and no method of discovery looks at them.
+
+    Args:
+        known, novel: which classes, each once.
+        per_class: training pictures of each class.
+        seed: which pictures those are.
+        side: pixels are averaged down to `side` x `side`: 28, 14 or 7.
+        folder: as in :func:`~transfuse.datasets.fashion.fashion_mnist`.
+
+    Raises:
+        InputError: a class stands twice, or has too few pictures.
+        StoreError: the files cannot be read.
+    """
+    order = [*known, *novel]
+    if len(set(order)) < len(order) or not known or not novel:
+        raise InputError(f"known and novel classes must all differ, found {list(known)} and {list(novel)}")
+    splits = fashion_mnist(folder).only(order)
+    draw = torch.Generator().manual_seed(seed)
+
+    def part(data: TensorDataset, numbers: range, count: int | None) -> TensorDataset:
+        images, labels = data.tensors
+        rows = [torch.nonzero(labels == n)[:, 0] for n in numbers]
+        if count and (short := [n for n, own in zip(numbers, rows, strict=True) if len(own) < count]):
+            raise InputError(f"class {order[short[0]]} has fewer than {count} training pictures: lower per_class")
+        if count:
+            rows = [own[torch.randperm(len(own), generator=draw)[:count]] for own in rows]
+        chosen = torch.cat(rows)
+        return TensorDataset(smaller(images[chosen], side), labels[chosen])
+
+    old, new = range(len(known)), range(len(known), len(order))
+    train = {"labelled": part(splits.train, old, per_class), "unlabelled": part(splits.train, new, per_class)}
+    test = {"old": part(splits.test, old, None), "new": part(splits.test, new, None)}
+    return Splits(train, None, test, tuple(CLASSES[c] for c in order), "fashion-mnist, known and novel classes")
+
+
+def fashion_search(size: int = 4000, probe: int = 500, side: int = 14, folder: str | Path | None = None) -> Splits:
+    """Fashion-MNIST for searching architectures: train is `train`, and `probe`, pictures that only score candidates.
+
+    Args:
+        size, probe: how many training pictures of each; no picture is in both.
+        side: pixels are averaged down to `side` x `side`: 28, 14 or 7.
+        folder: as in :func:`~transfuse.datasets.fashion.fashion_mnist`.
+
+    Raises:
+        InputError: there are fewer pictures.
+        StoreError: the files cannot be read.
+    """
+    splits = fashion_mnist(folder, size=size + probe)
+    images, labels = splits.train.tensors
+
+    def reduced(images: Tensor, labels: Tensor) -> TensorDataset:
+        return TensorDataset(smaller(images, side), labels)
+
+    train = {"train": reduced(images[:size], labels[:size]), "probe": reduced(images[size:], labels[size:])}
+    validate, test = (reduced(*part.tensors) for part in (splits.validate, splits.test))
+    return Splits(train, validate, test, CLASSES, "fashion-mnist for search")
+
+
 def fashion_clients(
     clients: int = 10,
     alpha: float = 0.3,

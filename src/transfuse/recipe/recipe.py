@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from transfuse.core.method import Method
     from transfuse.experiment import Listener, Result, Transfer
+    from transfuse.inspection import Inspection
+    from transfuse.measure import Measure
 
 RECIPE, STARTED = "recipe.yaml", "started.json"
 """Names in the folder of a run: the recipe as given, and how it was started."""
@@ -48,6 +50,24 @@ class Lesson:
     name: str
     transfer: Transfer
     model: nn.Module
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a recipe's method stands between.
+
+    Attributes:
+        source, target: as a transfer takes them.
+        data: its data, held-out data and what is known of them, as arguments of a transfer.
+        brought: labelled data of another domain that came with the data.
+        lessons: what is taught first.
+    """
+
+    source: Any
+    target: Any
+    data: dict[str, Any]
+    brought: Any
+    lessons: list[Lesson]
 
 
 @dataclass(frozen=True)
@@ -163,6 +183,13 @@ class Recipe:
         Raises:
             TransferError: what is wrong, as when it is run.
         """
+        if self.spec.measures:
+            measure, lessons = self._measure(), self._ends(None).lessons
+            return {
+                "name": self.spec.name,
+                "measure": repr(measure),
+                "lessons": [lesson.name for lesson in lessons],
+            }
         transfer, lessons = self._assemble()
         found = {"name": self.spec.name, **transfer.check(), "out": str(self.out), "notes": [], "lessons": {}}
         for lesson in lessons:
@@ -172,7 +199,7 @@ class Recipe:
             found["notes"].append(f"{self.out} holds a run already: resume it, or choose another folder.")
         return found
 
-    def run(self, resume: bool = False, listener: Listener | None = None) -> Result:
+    def run(self, resume: bool = False, listener: Listener | None = None) -> Result | Inspection:
         """Check, train every arm with every seed, judge, and write everything into `out`.
 
         Args:
@@ -184,6 +211,8 @@ class Recipe:
             Interrupted: the user stopped it; what was done is kept.
         """
         begun = self._begun(resume)
+        if self.spec.measures:
+            return self._inspect(listener)
         transfer, lessons = self._assemble(listener)
         # A stream that can be read only once is not to be read by a dry run.
         if not begun and not any(getattr(data, "once", False) for data in transfer.data.values()):
@@ -252,21 +281,15 @@ class Recipe:
             method = self._method(spec.method)
         with self._at("compare"):
             compare = [entry if isinstance(entry, str) else self._method(entry) for entry in spec.compare]
-        sources, target = {name: self._source(name, given) for name, given in self._sources.items()}, self._target()
-        data = self._data("data", spec.data)
-        brought = data.pop("source", None)
-        source: Any = list(sources.values()) if isinstance(spec.source, list) else sources.get("source")
+        ends = self._ends(listener)
+        source, data = ends.source, ends.data
         if source is None and any(part.card.teacher == "data" for part in method.parts):
-            source = brought
-        lessons = [
-            self._lesson(name, {**sources, "target": target}[name], {**data, "source": brought}, listener)
-            for name in self._lessons
-        ]
+            source = ends.brought
         with self._at():
             transfer = Transfer(
                 method,
                 source,
-                target,
+                ends.target,
                 **{**data, "task": spec.task or data.get("task")},
                 compare=compare,
                 seeds=spec.seeds,
@@ -279,7 +302,52 @@ class Recipe:
                 track=spec.track,
                 **training,
             )
-        return transfer, lessons
+        return transfer, ends.lessons
+
+    def _ends(self, listener: Listener | None) -> Ends:
+        """Everything but the method: models, data, and what is taught first."""
+        sources = {name: self._source(name, given) for name, given in self._sources.items()}
+        target = self._target()
+        data = self._data("data", self.spec.data)
+        brought = data.pop("source", None)
+        source: Any = list(sources.values()) if isinstance(self.spec.source, list) else sources.get("source")
+        lessons = [
+            self._lesson(name, {**sources, "target": target}[name], {**data, "source": brought}, listener)
+            for name in self._lessons
+        ]
+        return Ends(source, target, data, brought, lessons)
+
+    def _measure(self) -> Measure:
+        """The measure that stands in the place of a method."""
+        assert isinstance(self.spec.method, One)
+        factory = catalogue.find(self.spec.method.name).load()
+        with self._at("method"):
+            measure: Measure = call_named(
+                "measure", {self.spec.method.name: factory}, self.spec.method.name, self.spec.method.__pydantic_extra__
+            )
+        return measure
+
+    def _inspect(self, listener: Listener | None) -> Inspection:
+        """Teach what is to be taught first, then look at the models."""
+        from transfuse.inspection import inspect
+
+        measure, ends = self._measure(), self._ends(listener)
+        if not (self.out / RECIPE).exists():
+            self._note_start()
+        self._teach(ends.lessons)
+        data = ends.data.get("test") or ends.data.get("validate") or ends.data.get("data")
+        target = ends.target if self.spec.target.pretrained else None
+        with self._at():
+            return inspect(
+                measure,
+                ends.source,
+                target,
+                data,
+                name=str(self.spec.name),
+                seed=self.spec.seeds[0],
+                recipe=self.content,
+                out=self.out,
+            )
 
     def _lesson(self, name: str, model: Any, data: dict[str, Any], listener: Listener | None) -> Lesson:
         """The training of one model on labels."""

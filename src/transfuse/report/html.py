@@ -87,8 +87,12 @@ def metric_columns(report: Report) -> dict[str, str]:
 def cost_rows(report: Report) -> list[CostRow]:
     """The costs known of the target, next to the source's, and how many times the source's are as large."""
 
+    cost = report.cost
+    if cost is None:
+        return []
+
     def row(name: str, field: str, unit: str) -> CostRow | None:
-        source, target = _cost(report.cost.source, field), _cost(report.cost.target, field)
+        source, target = _cost(cost.source, field), _cost(cost.target, field)
         if target is None:
             return None
         return CostRow(

@@ -199,7 +199,7 @@ class Report(Part):
     per_class_gain: list[ClassGain] | None = None
     disagreement: Disagreement | None = None
     panels: list[Panel] = []
-    cost: Cost
+    cost: Cost | None = None
     recipe: dict[str, JsonValue]
     versions: dict[str, str]
     machine: Machine

@@ -8,6 +8,7 @@ from transfuse.report.numbers import number, signed, signed_bounds
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
     from transfuse.report.schema import Gain, Report
 
@@ -52,9 +53,33 @@ def summary(report: Report) -> Group:
     for row in rows:
         # Text, never str: a name such as "[red]" is a name, not markup.
         table.add_row(*(Text(row[i]) for i in kept))
+    if report.task == "measure":
+        return Group(*_measured(report), Text(report.why), *(Text(f"Note: {text}") for text in report.warnings))
     verdict = Text.assemble((report.verdict, STYLES[report.verdict]), ": ", report.why)
     said = dict.fromkeys([*report.warnings, *(text for run in report.method_arm.runs for text in run.warnings)])
     return Group(table, verdict, *(Text(f"Note: {text}") for text in said))
+
+
+def _measured(report: Report) -> list[Table]:
+    """What a measure found: its numbers, and its tables."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    numbers = {name: [value] for name, value in report.method_arm.runs[0].metrics.items()}
+    found = [("numbers", [""], numbers)] if numbers else []
+    for panel in report.panels:
+        if panel.kind == "matrix":
+            found.append((panel.title, panel.columns, dict(zip(panel.rows, panel.values, strict=True))))
+    drawn = []
+    for title, columns, rows in found:
+        table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ["", *columns]:
+            table.add_column(Text(heading), justify="right" if heading in columns else "left", overflow="fold")
+        for name, values in rows.items():
+            table.add_row(Text(name), *(Text(_optional(value)) for value in values))
+        drawn.append(table)
+    return drawn
 
 
 def _optional(value: float | None) -> str:
