@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # proofs is no installed package
 # ruff: noqa: E402 - so the imports have to wait for it
 
 from proofs.proof import names
-from proofs.result import ProofResult
+from proofs.result import Gain, ProofResult
 from proofs.runner import RESULTS
 from proofs.table import page as results_page
 from transfuse.core.catalogue import Entry, entries
@@ -67,7 +67,8 @@ def methods_page(methods: Sequence[Entry], proofs: Sequence[ProofResult]) -> str
     ]
     for entry in methods:
         name = f"[{entry.name}]({entry.family}/{entry.name.lower()}.md)"
-        found = [(_gain(proof), proof.verdict) for proof in proofs if entry.name in proof.proves]
+        about = [proof.about(entry.name) for proof in proofs if entry.name in proof.proves]
+        found = [(_gain(gain), verdict) for gain, verdict in filter(None, about)]
         gain, verdict = found[0] if found else ("", "control" if entry.card.control else "no proof yet")
         card = entry.card
         cells = (name, entry.summary, card.carries, card.teacher, card.data, gain, verdict)
@@ -98,22 +99,27 @@ def method_page(entry: Entry, proofs: Sequence[ProofResult]) -> str:
     listed = [f"- **{name}**: {value}" for name, value in facts.items()]
     options = "{ members: false, show_bases: false, show_root_heading: false }"
     docstring = f"::: {entry.module}.{entry.name}\n    options: {options}\n"
-    results = [_result(proof) for proof in proofs if entry.name in proof.proves]
+    results = [_result(entry.name, proof) for proof in proofs if entry.name in proof.proves]
     if not results:
         results = ["A control arm: there is nothing to prove." if card.control else "No proof has been run yet."]
     return "\n".join([f"# {entry.name}", "", docstring, "## Card", "", *listed, "", "## Result", "", *results]) + "\n"
 
 
-def _result(proof: ProofResult) -> str:
+def _result(name: str, proof: ProofResult) -> str:
     arms = ", ".join(f"{arm} {number(proof.average(arm))}" for arm in proof.arms)
+    about = proof.about(name)
+    found = (
+        f"**{about[1]}**: {_gain(about[0])} {proof.metric} over {proof.baseline}"
+        if about
+        else "the baseline of a proof"
+    )
     return (
-        f"**{proof.verdict}**: {_gain(proof)} {proof.metric} over {proof.baseline} ({arms}; {len(proof.seeds)} seeds). "
-        f"Data: {proof.data}. [The whole proof](../results.md#{proof.name}).\n"
+        f"{found} ({arms}; {len(proof.seeds)} seeds). Data: {proof.data}. "
+        f"[The whole proof](../results.md#{proof.name}).\n"
     )
 
 
-def _gain(proof: ProofResult) -> str:
-    gain = proof.gain
+def _gain(gain: Gain) -> str:
     return f"{signed(gain.mean)} [{signed(gain.low)}, {signed(gain.high)}]"
 
 

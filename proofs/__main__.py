@@ -1,7 +1,8 @@
-"""`python -m proofs run NAME`, `list`, `table`, `annotate NAME`."""
+"""`python -m proofs run NAME`, `list`, `table`, `index`, `annotate NAME`."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from proofs import table as drawing
+from proofs.evidence import INDEX, gather
 from proofs.proof import find, names
 from proofs.result import ProofResult
 from proofs.runner import RESULTS
@@ -51,11 +53,18 @@ def list_proofs() -> None:
 @app.command()
 def table(out: Out = None) -> None:
     """Draw the results page of the documentation, to the terminal by default."""
-    text = drawing.page([ProofResult.read(RESULTS / f"{name}.json") for name in names()])
+    text = drawing.page([ProofResult.read(path) for name in names() if (path := RESULTS / f"{name}.json").exists()])
     if out:
         write_atomically(out, text)
     else:
         typer.echo(text, nl=False)
+
+
+@app.command()
+def index() -> None:
+    """Write the catalogue's evidence: the tests and the results of every method."""
+    results = [ProofResult.read(path) for name in names() if (path := RESULTS / f"{name}.json").exists()]
+    write_atomically(INDEX, json.dumps(gather(results), indent=1) + "\n")
 
 
 @app.command()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Self
 
+import torch
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
+from transfuse import measure
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.files import write_atomically
 from transfuse.report.schema import Machine, Part, Source, Verdict
@@ -89,6 +92,23 @@ class ProofResult(Part):
     def average(self, arm: str) -> float:
         """The metric of one arm, the mean over seeds."""
         return fmean(self.values(arm))
+
+    def about(self, name: str) -> tuple[Gain, Verdict] | None:
+        """The gain over the baseline, and the verdict, of one of the methods that the proof is about.
+
+        The first arm has been judged over samples and seeds; another one's interval is over seeds alone. None where
+        the method has no arm of its own, or is the baseline.
+        """
+        own = next((arm for arm in self.arms if name in re.findall(r"\w+", arm)), self.method)
+        if own == self.method:
+            return self.gain, self.verdict
+        if own == self.baseline:
+            return None
+        sign = 1 if self.higher_is_better else -1
+        values, others = (sign * torch.tensor([self.values(arm)]).T for arm in (own, self.baseline))
+        interval = measure.paired(values, others)
+        verdict: Verdict = measure.verdict(interval)[0]  # type: ignore[assignment]
+        return Gain(mean=interval.mean, low=interval.low, high=interval.high), verdict
 
     @classmethod
     def read(cls, path: Path) -> Self:

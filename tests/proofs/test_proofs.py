@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from proofs.__main__ import app
+from proofs.evidence import gather
 from proofs.proof import HERE, Proof, find, names
 from proofs.result import ProofResult
 from proofs.runner import RESULTS, run
@@ -285,3 +286,12 @@ def test_the_committed_result_belongs_to_the_proof_as_declared(name: str) -> Non
 
 def test_no_result_is_without_a_proof() -> None:
     assert {path.stem for path in RESULTS.glob("*.json")} == set(names())
+
+
+def test_the_evidence_of_the_catalogue_is_that_of_the_results_and_the_tests() -> None:
+    """`python -m proofs index` writes it."""
+    assert catalogue.evidence() == gather([ProofResult.read(RESULTS / f"{name}.json") for name in names()])
+
+
+def test_every_method_is_tested() -> None:
+    assert [name for name, found in catalogue.evidence().items() if not found["tests"]] == []

@@ -197,7 +197,17 @@ def methods(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="What your source gives: features, full (all logits), topk, sampled, text, weights or none."),
+        typer.Option(
+            help="What your source gives: features, full (all logits), topk, sampled, text, weights, data (labelled, "
+            "of another domain), tasks, clients or none."
+        ),
+    ] = None,
+    want: Annotated[
+        str | None,
+        typer.Option(
+            help="What you want: a smaller model, an adapted one, ...: smaller, merged, adapted, several-at-once, "
+            "task-after-task, many-clients, new-classes, made-data, at-test-time, architecture or numbers."
+        ),
     ] = None,
     task: Annotated[str | None, typer.Option(help="What your models do, for instance classification.")] = None,
     as_json: AsJson = False,
@@ -210,12 +220,13 @@ def methods(
     Example:
 
         transfuse methods --data unlabelled --teacher full
+        transfuse methods --want adapted --data unlabelled
 
-    Next: `transfuse show KD`.
+    `--json` adds the files that test each method and what its proofs found. Next: `transfuse show KD`.
     """
     from transfuse.core.catalogue import select
 
-    found = select(family, data, teacher, task)
+    found = select(family, data, teacher, task, want)
     if as_json:
         say(out, json.dumps([entry.as_dict() for entry in found], indent=2))
         return

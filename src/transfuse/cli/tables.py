@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from transfuse.core.catalogue import Entry
+from transfuse.core.catalogue import Entry, evidence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,11 +44,19 @@ def card(entry: Entry, line: str) -> Group:
         ("paper", about.paper + (f", arXiv:{about.arxiv}" if about.arxiv else "")),
         ("in Python", f"from {entry.module.rpartition('.')[0]} import {entry.name}"),
         ("in a recipe", line),
+        *(("proof", _proof(proof)) for proof in evidence().get(entry.name, {}).get("proofs", [])),
     ]
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
         grid.add_row(Text(name, "bold"), Text(str(value), overflow="fold"))
     return Group(Text(entry.name, "bold"), Text(), Text(entry.doc), Text(), grid, Text())
+
+
+def _proof(proof: Mapping[str, Any]) -> str:
+    from transfuse.report.numbers import signed
+
+    gain = f"{signed(proof['gain'])} [{signed(proof['low'])}, {signed(proof['high'])}]"
+    return f"{proof['verdict']}: {gain} {proof['metric']} over {proof['baseline']}, {proof['seeds']} seeds"
 
 
 def checked(found: Mapping[str, Any]) -> Group:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +31,20 @@ FAMILIES = (
     "search",
     "measure",
 )
+WANTS = {
+    "smaller": ("distill", "synthesize", "search"),
+    "merged": ("weights",),
+    "adapted": ("adapt",),
+    "several-at-once": ("cotrain",),
+    "task-after-task": ("continual",),
+    "many-clients": ("federated",),
+    "new-classes": ("discover",),
+    "made-data": ("synthesize",),
+    "at-test-time": ("infer",),
+    "architecture": ("search",),
+    "numbers": ("measure",),
+}
+"""What a user may want, in plain words, and the families that serve it."""
 ARMS = ("scratch", "finetune", "shuffled teacher", "shuffled source")
 """The arms that every comparison can name, besides methods."""
 PACKAGE = Path(__file__).parent.parent
@@ -60,6 +75,7 @@ class Entry:
             "module": self.module,
             "summary": self.summary,
             **{k: v for k, v in asdict(self.card).items() if k != "sheet"},
+            **evidence().get(self.name, {"tests": [], "proofs": []}),
         }
 
     def load(self) -> Any:
@@ -72,6 +88,12 @@ def entries() -> tuple[Entry, ...]:
     """Every method that has a card, by family and name."""
     found = [entry for family in FAMILIES for path in sorted((PACKAGE / family).glob("*.py")) for entry in _read(path)]
     return tuple(sorted(found, key=lambda e: (FAMILIES.index(e.family), e.name.lower())))
+
+
+@cache
+def evidence() -> dict[str, Any]:
+    """By method: the files that test it, and what its proofs found. Written by `python -m proofs index`."""
+    return json.loads((PACKAGE / "core" / "evidence.json").read_text(encoding="utf-8"))
 
 
 def find(name: str) -> Entry:
@@ -87,15 +109,21 @@ def find(name: str) -> Entry:
 
 
 def select(
-    family: str | None = None, data: str | None = None, teacher: str | None = None, task: str | None = None
+    family: str | None = None,
+    data: str | None = None,
+    teacher: str | None = None,
+    task: str | None = None,
+    want: str | None = None,
 ) -> list[Entry]:
     """The methods that fit a situation.
 
     Args:
         family: one of `FAMILIES`.
         data: what the user has: `"labelled"` data serves methods that need less, `"none"` only those that need none.
-        teacher: what the source gives: `"features"` includes full logits, `"none"` is no source at all.
+        teacher: what the source gives: `"features"` includes full logits, `"data"` is labelled data of another domain,
+            `"none"` is no source at all.
         task: what the models do.
+        want: what shall come out of it, one of `WANTS`.
 
     Raises:
         InputError: a word that the catalogue does not know.
@@ -107,6 +135,7 @@ def select(
         (data, DATA, "data"),
         (teacher, TEACHERS, "teacher"),
         (task, TASKS, "task"),
+        (want, WANTS, "want"),
     ):
         if value is not None and value not in known:
             raise InputError(f"unknown {what} {value!r}: {nearest(value, known)}")
@@ -117,6 +146,7 @@ def select(
         and (data is None or e.card.data in SERVES_DATA[data])
         and (teacher is None or e.card.teacher in SERVES_TEACHER[teacher])
         and (task is None or task in e.card.tasks)
+        and (want is None or e.family in WANTS[want])
     ]
 
 
@@ -134,6 +164,9 @@ SERVES_TEACHER = {
     "sampled": ("sampled", "none"),
     "text": ("text", "none"),
     "weights": ("weights", "none"),
+    "data": ("data", "none"),
+    "tasks": ("tasks", "none"),
+    "clients": ("clients", "none"),
     "none": ("none",),
 }
 

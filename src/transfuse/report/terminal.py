@@ -66,11 +66,13 @@ def _measured(report: Report) -> list[Table]:
     from rich.table import Table
     from rich.text import Text
 
-    numbers = {name: [value] for name, value in report.method_arm.runs[0].metrics.items()}
+    numbers: dict[str, list[float | None]] = {n: [value] for n, value in report.method_arm.runs[0].metrics.items()}
     found = [("numbers", [""], numbers)] if numbers else []
-    for panel in report.panels:
-        if panel.kind == "matrix":
-            found.append((panel.title, panel.columns, dict(zip(panel.rows, panel.values, strict=True))))
+    found += [
+        (panel.title, panel.columns, dict(zip(panel.rows, panel.values, strict=True)))
+        for panel in report.panels
+        if panel.kind == "matrix"
+    ]
     drawn = []
     for title, columns, rows in found:
         table = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
