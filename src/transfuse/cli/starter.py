@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from string import Template
 
-from transfuse.core.catalogue import find
+from transfuse.core.catalogue import PACKAGE, Entry, find
 from transfuse.core.errors import InputError
 from transfuse.core.files import write_atomically
 
@@ -39,8 +40,7 @@ target:
 # What it learns from: a data set of transfuse.datasets (digits, image-folder, table, hf, text, ...) or a function
 # of your own, `data.py:load`, that returns (train, validate, test). Here, 50 images keep their labels.
 data:
-  name: digits
-  args: {labels: 50}
+  name: digits$labels
 
 # How every arm trains: epochs or steps, batch_size, optimizer, schedule, precision, ...
 training:
@@ -58,12 +58,28 @@ out: runs/$name
 """)
 
 
+RECIPES = next(p for p in (PACKAGE / "recipes", PACKAGE.parent.parent / "recipes") if p.is_dir())
+"""Recipes of the families, and of methods that need one of their own: in the package, or beside it in a checkout."""
+FILLED: dict[str, object] = {
+    "novel": 5,
+    "shape": [1, 8, 8],
+    "mix": {"english": 0.5, "questions": 0.5},
+    "start": {"english": 1.0},
+    "end": {"questions": 1.0},
+}
+"""What stands for other arguments without a default, as the recipe of their family needs them."""
+BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
+"""What methods of a family are compared with."""
+
+
 def method_line(name: str, alone: bool = True) -> str:
     """A method as it stands in a recipe, with its arguments at their defaults."""
     from transfuse.recipe import accepts
 
     found = find(name)
-    given = {key: TAP if value is inspect.Parameter.empty else value for key, value in accepts(name).items()}
+    given = {
+        key: FILLED.get(key, TAP) if value is inspect.Parameter.empty else value for key, value in accepts(name).items()
+    }
     line = f"{{{', '.join(f'{key}: {_yaml(value)}' for key, value in {'name': found.name, **given}.items())}}}"
     # What carries no outputs teaches no head, so labels do.
     return line if alone or found.card.carries in ("outputs", "nothing") else f"[{{name: Labels}}, {line}]"
@@ -79,16 +95,53 @@ def write(file: Path, method: str) -> None:
     entry = find(method)
     if file.exists():
         raise InputError(f"{file} exists already and is left as it is: name another file")
-    write_atomically(
-        file,
-        STARTER.substitute(
-            file=file.name,
-            name=file.stem,
-            method=entry.name,
-            line=method_line(entry.name, alone=False),
-            compare="scratch" if entry.card.teacher == "none" else "scratch, shuffled teacher",
-        ),
+    own = RECIPES / f"{entry.name.lower()}.yaml"
+    if own.exists():
+        text = own.read_text(encoding="utf-8")
+    elif entry.family == "distill":
+        text = _distillation(file, entry)
+    elif f"name: {entry.name}" in (text := (RECIPES / f"{entry.family}.yaml").read_text(encoding="utf-8")):
+        text = text if _judges(text, entry.name) else _with_method(text, entry)
+    elif entry.family == "measure":
+        raise InputError(
+            f"{entry.name} needs more than a recipe can say: use it from Python, `transfuse show {entry.name}` says how"
+        )
+    else:
+        text = _with_method(text, entry)
+    write_atomically(file, text)
+
+
+def _distillation(file: Path, entry: Entry) -> str:
+    """The starter with a comment on every line."""
+    return STARTER.substitute(
+        file=file.name,
+        name=file.stem,
+        method=entry.name,
+        line=method_line(entry.name, alone=False),
+        labels="" if entry.card.data == "labelled" else "\n  args: {labels: 50}",
+        compare="scratch" if entry.card.teacher == "none" else "scratch, shuffled teacher",
     )
+
+
+def _judges(text: str, name: str) -> bool:
+    """Whether a recipe's own method is this one, and nothing is added to it."""
+    import yaml
+
+    method = yaml.safe_load(text)["method"]
+    return isinstance(method, dict) and method["name"] == name
+
+
+def _with_method(text: str, entry: Entry) -> str:
+    """The recipe of a family with another of its methods."""
+    beside = "[]" if entry.card.control else BESIDE.get(entry.family, "[]")
+    for key, comment, value in (
+        ("method", f"# How knowledge moves; `transfuse show {entry.name}` explains it.", method_line(entry.name)),
+        ("compare", "# What the method is compared with.", beside),
+    ):
+        block = re.compile(rf"(?:^#[^\n]*\n)*^{key}:.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
+        if found := block.search(text):
+            text = f"{text[: found.start()]}{comment}\n{key}: {value}{text[found.end() :]}"
+    return text
 
 
 def _yaml(value: object) -> str:
