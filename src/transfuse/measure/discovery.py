@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transfuse.core.errors import InputError, ShapeError
+from transfuse.core.errors import InputError, MissingExtraError, ShapeError
 
 
 def matched(predictions: Tensor, labels: Tensor, known: int) -> Tensor:
@@ -26,8 +26,10 @@ def matched(predictions: Tensor, labels: Tensor, known: int) -> Tensor:
         ShapeError: not one prediction per label.
         InputError: a label or prediction is negative.
     """
-    from scipy.optimize import linear_sum_assignment
-
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise MissingExtraError("scipy", "data", "matching clusters with classes") from error
     if predictions.shape != labels.shape or labels.dim() != 1:
         raise ShapeError(f"one prediction per label is needed, found {tuple(predictions.shape)}, {tuple(labels.shape)}")
     if len(labels) and int(torch.minimum(predictions, labels).min()) < 0:
