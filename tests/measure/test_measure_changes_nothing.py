@@ -27,6 +27,7 @@ CALLS = {
     "disagreement": lambda: measure.disagreement(LOGITS, TEACHER, 3),
     "reliability": lambda: measure.reliability(LOGITS, LABELS),
     "expected_calibration_error": lambda: measure.expected_calibration_error(LOGITS, LABELS),
+    "brier_score": lambda: measure.brier_score(LOGITS, LABELS),
     "pearson": lambda: measure.pearson(LOGITS.detach()[:, 0], TEACHER.detach()[:, 0]),
     "spearman": lambda: measure.spearman(LOGITS.detach()[:, 0], TEACHER.detach()[:, 0]),
     "agreement_with_results": lambda: measure.agreement_with_results(
