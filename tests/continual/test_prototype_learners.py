@@ -14,9 +14,10 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
 
 from transfuse.continual import ADAM, PrototypeModel, SimpleCIL
-from transfuse.continual.heads import Prototypes, cosine_logits, headless
+from transfuse.continual.heads import Prototypes, cosine_logits
 from transfuse.continual.pet import Adapter, Prompted, ScaleShift, with_pet
 from transfuse.core.errors import InputError, LayerError, ShapeError
+from transfuse.core.head import headless
 from transfuse.core.trainer import Trainer
 from transfuse.models import ViTTiny
 

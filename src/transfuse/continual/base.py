@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from transfuse.continual.heads import TaskHeads, TaskModel, head_of, headless
+from transfuse.continual.heads import TaskHeads, TaskModel
 from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError, MethodError
+from transfuse.core.head import head_of, headless
 from transfuse.core.method import Bag, Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Gradients, Losses, Phase, Stage

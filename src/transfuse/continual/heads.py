@@ -14,43 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfuse.core.errors import InputError, LayerError, ShapeError
+from transfuse.core.errors import InputError, ShapeError
 from transfuse.core.method import Bag
-from transfuse.core.outputs import call, eager, find_logits
-from transfuse.core.taps import trace_penultimate
+from transfuse.core.outputs import call, find_logits
 from transfuse.losses import IGNORE
 
 
 def key(*parts: object) -> str:
     """A name for a tensor in a :class:`Bag`, where dots are not allowed."""
     return "/".join(str(part).replace(".", "|") for part in parts)
-
-
-def head_of(model: nn.Module, inputs: Any) -> str:
-    """The path of a model's head, its last linear layer, found by running one batch.
-
-    Raises:
-        LayerError: there is none, or the model does something with its outputs, so that it cannot be replaced.
-    """
-    path = trace_penultimate(model, inputs).removesuffix(":input")
-    with torch.no_grad():
-        features = find_logits(call(headless(model, path), inputs))
-        logits = find_logits(call(eager(model), inputs))
-        head = model.get_submodule(path)
-        if features.dim() != 2 or not torch.allclose(head(features), logits, atol=1e-5):
-            raise LayerError(
-                f"the outputs of {type(model).__name__} are not simply those of its last linear layer {path!r}, "
-                "so that layer cannot be replaced by other heads: return its outputs as they are"
-            )
-    return path
-
-
-def headless(model: nn.Module, path: str) -> nn.Module:
-    """A copy of a model that returns the features its head would read."""
-    body = copy.deepcopy(eager(model))
-    parent, _, name = path.removeprefix("_orig_mod.").rpartition(".")
-    setattr(body.get_submodule(parent), name, nn.Identity())
-    return body
 
 
 class TaskHeads(Bag):

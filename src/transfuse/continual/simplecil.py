@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfuse.continual.base import Learner
-from transfuse.continual.heads import PrototypeModel, Prototypes, cosine_logits, headless, merge
+from transfuse.continual.heads import PrototypeModel, Prototypes, cosine_logits, merge
 from transfuse.continual.pet import PETS, batch_norms, with_pet
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError, nearest
+from transfuse.core.head import headless
 from transfuse.core.method import Bag
 from transfuse.core.phases import Batches, Losses, Observe, Phase, Stage
 from transfuse.core.run import Run
