@@ -91,6 +91,6 @@ PROOF = Study(
         "promoted always, the smaller CNN never. Without private teaching ORC loses 5 points, but that arm also "
         "trains promoted networks less often, so it mixes two effects. ORC's students are over-confident here (ECE "
         "0.18, scratch 0.11). Settings were not tuned: networks and data were made smaller than first declared "
-        "before anything was run, to fit the machine."
+        "before the first full run, to fit the machine."
     ),
 )
