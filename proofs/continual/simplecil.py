@@ -125,4 +125,11 @@ PROOF = Study(
     expected="With clothes: SimpleCIL > FineTune + 0.2; ADAM >= SimpleCIL + 0.04, last and average; ADAM >= its "
     "adapted branch alone - 0.01. With letters: SimpleCIL > SimpleCIL of a random encoder + 0.03.",
     seeds=(0, 1, 2),
+    notes="With clothes all three statements hold. The one about letters does not: class means of letter features "
+    "(0.733) are worse than those of a random encoder (0.831), as are those of clothes (0.760). So this shows that "
+    "adapting helps and not that a pretrained encoder generalises; the paper's encoders are far larger. Why letters do "
+    "not help is untested; enlarged 8x8 digits are blurred, the letters are sharp. Replay, which may keep ten samples "
+    "per class and trains in every task, is best of all (0.951). With two classes at a time adaptation brings 0.03. "
+    "SimpleCIL trains nothing and does not depend on the order of classes, so its seeds are one number. Pictures are "
+    "14x14 instead of 28x28, for speed.",
 )
