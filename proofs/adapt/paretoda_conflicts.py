@@ -62,4 +62,7 @@ PROOF = Study(
     higher_is_better=False,
     expected="no step of descent raises an objective; with fixed weights some do. The paper says nothing of auto, "
     "whose programme may raise what agrees with the guide, and what opposes it by as much as the guide does",
+    notes="As expected: 0 for descent in every seed, 0.33 to 0.49 for fixed weights. Auto follows the guide in every "
+    "update, as log K + Lv never falls below eps, and raises an objective in 0.84 to 0.91 of them: the sheet's gate "
+    "of 0 holds for descent only. 100 updates.",
 )
