@@ -20,7 +20,7 @@ from transfuse import transfer
 from transfuse.core.watch import TransferWarning
 from transfuse.distill import Labels, WCoRD
 
-wcord = partial(WCoRD, labels=0, negatives=512, temperature=0.1)
+wcord = partial(WCoRD, labels=0, negatives=512, temperature=0.1, calibrate=True, remembered=True)
 ARMS = {
     "global and local": wcord(),
     "random features": None,

@@ -140,8 +140,9 @@ def test_wasserstein_is_negative_where_the_sides_agree():
     assert terms(method, features, features)["global"].mean.item() < -0.5
 
 
-def test_wasserstein_is_the_mean_critic_of_negatives_less_that_of_the_pair_on_both_sides():
-    method = set_up(wcord(mode="wasserstein", negatives=3))
+@pytest.mark.parametrize("remembered", [False, True])
+def test_wasserstein_is_the_mean_critic_of_negatives_less_that_of_the_pair_on_both_sides(remembered):
+    method = set_up(wcord(mode="wasserstein", negatives=3, remembered=remembered))
     torch.manual_seed(0)
     found = terms(method, drawn(), drawn(seed=1))["global"].mean.item()
     torch.manual_seed(0)
@@ -149,9 +150,13 @@ def test_wasserstein_is_the_mean_critic_of_negatives_less_that_of_the_pair_on_bo
     s, t = method.ours(drawn()), method.theirs(drawn(seed=1))
     total = 0.0
     for i in range(12):
-        for anchor, bank in ((s[i], method.theirs.memory["rows"]), (t[i], method.ours.memory["rows"])):
+        for anchor, partner, bank in (
+            (s[i], t[i], method.theirs.memory["rows"]),
+            (t[i], s[i], method.ours.memory["rows"]),
+        ):
             critic = [(anchor @ bank[j] / 0.5).item() for j in others[i]]
-            total += (sum(critic) / 3 - (s[i] @ t[i] / 0.5).item()) / 12
+            pair = anchor @ (bank[i] if remembered else partner) / 0.5
+            total += (sum(critic) / 3 - pair.item()) / 12
     assert found == pytest.approx(total, rel=1e-4)
 
 

@@ -53,6 +53,8 @@ class WCoRD(Distillation):
         negatives: K, drawn anew for every sample; None takes CRD's 16384, or as many as there are others.
         temperature: tau.
         other_classes: draw negatives from other classes only; the data then needs labels.
+        remembered: take the other half of the true pair from the memory as well, as CRD's published code does, so that
+            it is as old as the negatives are; else both halves are the current ones.
         calibrate: divide exp(f) by N times its mean over the first batch, as CRD does.
         lipschitz: whether g has spectral norm 1.
         solver: of the plan, `"ipot"` (exact) or `"sinkhorn"` (smoothed, with epsilon 0.05).
@@ -92,6 +94,7 @@ class WCoRD(Distillation):
         negatives: int | None = None,
         temperature: float = 0.07,
         other_classes: bool = False,
+        remembered: bool = False,
         calibrate: bool = False,
         lipschitz: bool = True,
         solver: str = "ipot",
@@ -111,7 +114,8 @@ class WCoRD(Distillation):
         self.student, self.teacher, self.width, self.mode = student, teacher, width, mode
         self.global_weight, self.local_weight, self.labels = global_weight, local_weight, labels
         self.negatives, self.temperature, self.other_classes = negatives, temperature, other_classes
-        self.calibrate, self.lipschitz, self.solver, self.cut = calibrate, lipschitz, solver, cut
+        self.remembered, self.calibrate, self.lipschitz = remembered, calibrate, lipschitz
+        self.solver, self.cut = solver, cut
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, s and t of the micro-batches of this update
 
     def wants(self) -> dict[str, list[str]]:
@@ -161,10 +165,11 @@ class WCoRD(Distillation):
         """`(batch,)`, both sides as anchors, each against the other's memory."""
         size = len(self.ours.memory)
         others = self.others.draw(rows, self.negatives or min(CRD_NEGATIVES, size - 1))
-        positive = (s * t).sum(1) / self.temperature
         values = []
-        for anchor, side in ((s, self.theirs), (t, self.ours)):
-            negative = (anchor @ side.memory["rows"].T).gather(1, others) / self.temperature
+        for anchor, partner, side in ((s, t, self.theirs), (t, s, self.ours)):
+            bank = side.memory["rows"]
+            positive = (anchor * (bank[rows] if self.remembered else partner)).sum(1) / self.temperature
+            negative = (anchor @ bank.T).gather(1, others) / self.temperature
             if self.mode == "nce":
                 values.append(nce(positive - side.log_scale, negative - side.log_scale, population=size))
             else:
