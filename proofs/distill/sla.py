@@ -53,7 +53,7 @@ PROOF = Proof(
         "data with seed 100, three times the updates left aggregated SLA at 0.784 and raised scratch to 0.790; nor "
         "are the views not learned: the joint head tells 93 % of the rotations of held-out pictures. What we "
         "suspect and did not test: a perceptron shares nothing between a picture and its rotation, so its 128 "
-        "units are spent on 40 classes. The proof sla_cnn has the network of the paper's kind. Settings are those "
+        "units are spent on 40 classes. A convolutional network, as in the paper, was not run. Settings are those "
         "of the sheet, with no tuning."
     ),
 )
