@@ -92,6 +92,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: set[str]) -> None:
     files = {str(p.relative_to(package)) for p in (package / "transfuse").rglob("*") if p.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert {"transfuse/py.typed", "transfuse/report/template.html.j2"} <= files
+    files |= {f"transfuse/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     assert {name for name in wheel if ".dist-info/" not in name} == files
 
 

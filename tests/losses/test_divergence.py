@@ -104,7 +104,8 @@ def test_autocast_does_not_lower_the_precision(name: str) -> None:
 def test_is_zero_when_student_equals_teacher_with_a_large_vocabulary(name: str, dtype: torch.dtype) -> None:
     logits = 5 * torch.randn(4, 32_000, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert DIVERGENCES[name](logits, logits).abs().max() <= 1e-6
-    assert gradient(DIVERGENCES[name], logits, logits).abs().max() <= 1e-6
+    # Two float32 softmaxes differ by rounding, how much depends on the processor.
+    assert gradient(DIVERGENCES[name], logits, logits).abs().max() <= 3e-6
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-5, 1e-3, 1.0, 100.0])
@@ -223,7 +224,8 @@ def test_impossible_classes_and_rows_leave_value_and_gradient_finite(
         side[3] = -torch.inf  # a fully masked row
     value, slope = loss(student, teacher), gradient(loss, student, teacher)
 
-    torch.testing.assert_close(value[:3], alone[0][:3])
+    # The square of the temperature multiplies the rounding of sums of another length, too.
+    torch.testing.assert_close(value[:3], alone[0][:3], rtol=1e-5, atol=1e-6 * max(1.0, temperature**2))
     torch.testing.assert_close(slope[:3, :7], alone[1][:3])
     assert slope[:3].abs().max() > 0
     assert value[3] == 0

@@ -65,6 +65,8 @@ def arm(
                 "seconds": 84 + rng.uniform(-4, 4),
                 "steps": 600,
                 "metrics": {key: v + rng.gauss(0, 0.004) for key, v in metrics.items()},
+                "sets": {"old": own, "new": own},
+                "stages": [{"old": own, "new": 0.1}, {"old": own, "new": own}],
                 "curve": curve(rng, own, terms, higher, 600),
                 "warnings": [],
             }
@@ -172,6 +174,7 @@ def classification() -> dict[str, Any]:
             for name, g in ((name, rng.gauss(0.02, 0.022)) for name in CLASSES)
         ],
         "disagreement": {"matrix": matrix},
+        "panels": [],
         "cost": {"source": model, "target": small},
         "warnings": ["Only 3 seeds: the interval over seeds is wide."],
     }
