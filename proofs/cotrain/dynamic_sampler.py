@@ -73,4 +73,7 @@ PROOF = Study(
     higher_is_better=False,
     expected="DynamicSampler at most as high as both others within noise, lower on the way than two stages, and "
     "English forgotten less than with two stages",
+    notes="As expected with every seed, at a small scale: the gain over two stages is .01 nats per byte, that over the "
+    "static mixture .03. On the way the dynamic mixture is below two stages, but not below the static one, which sees "
+    "questions from the beginning; English is kept best by the static mixture. All settings were taken as they are.",
 )
