@@ -92,8 +92,8 @@ PROOF = Study(
         "and ahead of KD with every seed, though that interval holds zero; each of its two losses alone gains most of "
         "it. In calibration the opposite of what was expected: after this training students are less sure than right, "
         "and TopKD, which adds no confidence, has a larger error than labels and KD. Scaled logits make KD's student "
-        "too sure, as expected, but by less than the others are not sure enough, so it is the best calibrated. A longer "
-        "training, in which students grow too sure, was not tried. Where the teacher misses the true class, the "
+        "too sure, as expected, but by less than the others are not sure enough, so it is the best calibrated. A "
+        "longer training, in which students grow too sure, was not tried. Where the teacher misses the true class, the "
         "scaled logits give it more than twice the probability. Settings are the library's defaults, none was tuned."
     ),
 )
