@@ -88,13 +88,12 @@ PROOF = Study(
         "give the true class far more where the teacher misses it, and make KD's student too sure"
     ),
     notes=(
-        "More than expected in accuracy: TopKD is better than labels and than its shuffled teacher with every seed, and "
-        "ahead of KD with every seed, though the interval of the latter holds zero; each of its two losses alone gains "
-        "most of it. In calibration the opposite of what was expected: after this training every student is less sure "
-        "than right, so that TopKD, which adds no confidence, has the largest error of those with a teacher, and scaled "
-        "logits, which make KD's student surer, the smallest of all. Calibration thus says how long was trained more "
-        "than what was taught; a longer training, in which students grow too sure, was not tried. Where the teacher "
-        "misses the true class, the scaled logits give it more than twice the probability. Settings are the library's "
-        "defaults, none was tuned."
+        "More than expected in accuracy: TopKD is better than labels and than its shuffled teacher with every seed, "
+        "and ahead of KD with every seed, though that interval holds zero; each of its two losses alone gains most of "
+        "it. In calibration the opposite of what was expected: after this training students are less sure than right, "
+        "and TopKD, which adds no confidence, has a larger error than labels and KD. Scaled logits make KD's student "
+        "too sure, as expected, but by less than the others are not sure enough, so it is the best calibrated. A "
+        "longer training, in which students grow too sure, was not tried. Where the teacher misses the true class, the "
+        "scaled logits give it more than twice the probability. Settings are the library's defaults, none was tuned."
     ),
 )
