@@ -76,7 +76,7 @@ def trial(seed: int, smoke: bool) -> dict[str, dict[str, float]]:
     stated, asked = facts(draw)
     tokenizer = Words([*stated, *(word for words in WORDS.values() for word in words)])
     data = masked(tokenizer, stated, copies=2 if smoke else 4, draw=draw)
-    training = {"steps": 5} if smoke else {"epochs": 10}
+    training = {"steps": 5} if smoke else {"epochs": 20}
     model: Any = transfer(
         Labels(),
         target=lambda: bert(len(tokenizer.ids) + 4),
