@@ -68,14 +68,17 @@ def test_methods_lists_the_whole_catalogue(transfuse: Run) -> None:
     assert all(entry.name in said for entry in catalogue.entries())
     found = json.loads(transfuse("methods", "--json").output)
     assert [m["name"] for m in found] == [e.name for e in catalogue.entries()]
-    assert all({"name", "sheet", "family", "module"} <= m.keys() for m in found)
+    assert all({"name", "sheet", "family", "module", "tests", "proofs"} <= m.keys() for m in found)
+    assert all(m["tests"] for m in found)
 
 
 def test_methods_keeps_what_fits(transfuse: Run) -> None:
     found = json.loads(transfuse("methods", "--teacher", "full", "--data", "unlabelled", "--json").output)
     assert "KD" in [m["name"] for m in found]
     assert not {"Hints", "Labels"} & {m["name"] for m in found}
-    assert "No method fits" in transfuse("methods", "--data", "private").output
+    assert "No method fits" in transfuse("methods", "--data", "private", "--want", "smaller").output
+    wanted = json.loads(transfuse("methods", "--want", "many-clients", "--json").output)
+    assert {m["family"] for m in wanted} == {"federated"}
 
 
 def test_methods_answers_an_unknown_word_with_the_nearest(transfuse: Run) -> None:

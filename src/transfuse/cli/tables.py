@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table of texts; the last column takes the room that is left."""
     drawn = Table(title=Text(title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        drawn.add_column(Text(heading), overflow="fold")
+    for i, heading in enumerate(headings):
+        drawn.add_column(Text(heading), overflow="fold", no_wrap=i == 0)  # a name is to be found, and copied
     for row in rows:
         drawn.add_row(*(Text(str(cell)) for cell in row))
     return drawn
