@@ -82,8 +82,8 @@ PROOF = Study(
     notes="mu, eta2, learning rate, batches and rounds are the sheet's, which names no momentum for them. Momentum was "
     "chosen by looking at the test accuracy of seed 0, which is therefore not among the seeds: with the authors' 0.9, "
     "PGFed with mu 1 and eta2 1e-4 broke down there (0.125 after the last round, FedAvg with local epochs 0.881); "
-    "with 0, as here, the two had 0.882 and 0.877, and Local 0.864. The result: PGFed is ahead of FedAvg with local "
-    "epochs with every seed, but by 0.005 and not by 0.015, and the interval holds zero; of Local by 0.008, surely, and "
+    "with 0, as here, the two had 0.882 and 0.877, and Local 0.864. The result: PGFed is ahead of FedAvg with local epochs "
+    "with every seed, but by 0.005 and not by 0.015, and the interval holds zero; of Local by 0.008, surely, and "
     "of the one model of FedAvg by 0.10. With the authors' mu and eta2 the weights vanish, as the run itself warns. "
     "Without momentum local training is a stronger baseline than in the sheet's pilot, which may be why; untested.",
 )
