@@ -213,7 +213,8 @@ PROOF = Study(
     "languages in 4 of 5 seeds), accuracy in English does not depend on it; edits made in English arrive in a language "
     "the more, the higher its RankC was (Pearson above 0)",
     seeds=(0, 1, 2, 3, 4),
-    notes="As expected: Spearman 1 in four of five seeds (.8 in the other), English is known whole in all, and the shift "
-    "after an edit follows RankC with a Pearson correlation of .84 to .99. An earlier run, whose model was trained for a "
-    "fixed time and did not know all its English facts, was replaced; how long to train was seen with seeds 100 and 101.",
+    notes="As expected: Spearman 1 in four of five seeds (.8 in the other), English is known whole in all, and "
+    "the shift after an edit follows RankC with a Pearson correlation of .84 to .99. An earlier run, "
+    "whose model was trained for a fixed time and did not know all its English facts, was replaced; how "
+    "long to train was seen with seeds 100 and 101.",
 )
