@@ -82,4 +82,9 @@ PROOF = Study(
     metric="correlation",
     expected="Correlation with minus the transfer loss, over the sources: alpha and success at least 0.6 on average, "
     "combined at least 0.3; gamma alone is not expected to follow at this scale",
+    notes="As expected. Over all 15 pairs of source and target Pearson with the transfer loss is -.83 for alpha, -.93 "
+    "for success, -.82 for combined and -.57 for gamma; success, the paper's baseline, is the best sign here. A first "
+    "run trained the new layer with the published learning rate of 0.1, at which features that are not normalised "
+    "overshoot (losses above guessing in 7 of 15 pairs); correlations were then .55 for alpha, .64 for success and "
+    ".56 for combined on average. The rate was lowered by training losses with seed 100.",
 )
