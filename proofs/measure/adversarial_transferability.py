@@ -15,6 +15,9 @@ from transfuse.measure import AdversarialTransferability, linear_transfer, pears
 
 TARGET, OTHERS = [0, 2, 4, 6], [5, 7, 8, 9]
 SIZE, EACH, TESTED = 30_000, 600, 125
+LR = 0.03
+"""Of the new layer. With the published 0.1 features that are not normalised overshoot: seen in its training loss."""
+SHUFFLES = 200
 ARMS = ("alpha", "success", "combined", "gamma", "shuffled sources")
 
 
@@ -41,15 +44,16 @@ def trial(seed: int, smoke: bool) -> dict[str, dict[str, float]]:
         sources[f"{shared} shared"] = transfer(Labels(), target=network, data=data, **training).model
     measure = AdversarialTransferability(epsilon=0.1, steps=steps)
     scores = measure.measure(source=sources, target=reference, data=test, seed=seed).tables["sources"]
-    losses = {name: linear_transfer(source, target, test, seed=seed).loss for name, source in sources.items()}
+    losses = {name: linear_transfer(source, target, test, lr=LR, seed=seed).loss for name, source in sources.items()}
     found = {}
     for arm in ARMS[:4]:
         values = scores.column(arm)
         both = list(values.values()), [-losses[name] for name in values]
         found[arm] = {"correlation": pearson(*both), "spearman": spearman(*both)} | values
     found["alpha"] |= {f"loss, {name}": loss for name, loss in losses.items()}
-    shuffled = [scores.column("alpha")[list(sources)[i]] for i in torch.randperm(5, generator=draw)]
-    found["shuffled sources"] = {"correlation": pearson(shuffled, [-loss for loss in losses.values()])}
+    alpha, gained = scores.values[:, 0], [-loss for loss in losses.values()]
+    shuffled = [pearson(alpha[torch.randperm(5, generator=draw)], gained) for _ in range(SHUFFLES)]
+    found["shuffled sources"] = {"correlation": sum(shuffled) / SHUFFLES}
     return found
 
 
@@ -78,4 +82,9 @@ PROOF = Study(
     metric="correlation",
     expected="Correlation with minus the transfer loss, over the sources: alpha and success at least 0.6 on average, "
     "combined at least 0.3; gamma alone is not expected to follow at this scale",
+    notes="As expected. Over all 15 pairs of source and target Pearson with the transfer loss is -.83 for alpha, -.93 "
+    "for success, -.82 for combined and -.57 for gamma; success, the paper's baseline, is the best sign here. A first "
+    "run trained the new layer with the published learning rate of 0.1, at which features that are not normalised "
+    "overshoot (losses above guessing in 7 of 15 pairs); correlations were then .55 for alpha, .64 for success and "
+    ".56 for combined on average. The rate was lowered by training losses with seed 100.",
 )
