@@ -69,9 +69,9 @@ def index() -> None:
 
 @app.command()
 def annotate(name: Name) -> None:
-    """Copy the notes of a proof, written after its result, into the result; numbers stay as they are."""
-    path = RESULTS / f"{name}.json"
-    ProofResult.read(path).model_copy(update={"notes": find(name).notes}).write(path)
+    """Copy the notes of a proof and the names of what it proves into the result; numbers stay as they are."""
+    path, proof = RESULTS / f"{name}.json", find(name)
+    ProofResult.read(path).model_copy(update={"notes": proof.notes, "proves": list(proof.proves)}).write(path)
 
 
 if __name__ == "__main__":

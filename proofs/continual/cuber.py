@@ -63,7 +63,7 @@ def scores(run: Any) -> dict[str, float]:
 
 PROOF = Study(
     name="cuber",
-    proves=("CUBER", "TRGP", "GPM", "EWC", "LwF", "FineTune"),
+    proves=("CUBER", "TRGP", "GPM", "EWC", "LwF"),
     data="Fashion-MNIST, 6 tasks of 4 classes, each sharing 2 with the one before; 150 training images per class",
     trial=trial,
     arms=tuple(ARMS),

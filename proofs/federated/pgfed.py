@@ -68,7 +68,7 @@ def numbers(run: ArmRun) -> dict[str, float]:
 
 PROOF = Study(
     name="pgfed",
-    proves=("PGFed", "PGFedMo"),
+    proves=("PGFed", "PGFedMo", "FedAvg", "FedAvgLocal", "FedProx"),
     data="Fashion-MNIST, 6,000 pictures dealt out to 10 clients by a Dirichlet distribution of 0.3, anew for each "
     "seed; 60 % of each client's to train, 40 % to test",
     trial=trial,
