@@ -174,7 +174,7 @@ SERVES_TEACHER = {
 def working_with(gives: Iterable[str]) -> list[str]:
     """The names of the methods that a source with these capabilities can serve."""
     gives = set(gives)
-    return [e.name for e in entries() if not e.card.control and e.card.teacher in gives]
+    return [e.name for e in entries() if not e.card.control and e.family != "measure" and e.card.teacher in gives]
 
 
 def _read(path: Path) -> list[Entry]:
