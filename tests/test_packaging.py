@@ -68,9 +68,15 @@ def declared() -> list[Requirement]:
     return [requirement for requirement in found if requirement.name != "transfuse"]
 
 
+APART = {"flwr"}
+"""Wants older versions of what is pinned here, so it is installed in an environment of its own."""
+
+
 def test_every_dependency_is_pinned_in_a_version_that_the_package_accepts() -> None:
     pinned = {c.name.lower(): next(iter(c.specifier)).version.removesuffix(".*") for c in constraints()}
     for requirement in declared():
+        if requirement.name in APART:
+            continue
         assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
 
 
