@@ -113,9 +113,10 @@ def _result(name: str, proof: ProofResult) -> str:
         if about
         else "the baseline of a proof"
     )
+    limits = f"\n\nExpected: {proof.expected}.\n\nWhat to know: {proof.notes}" if proof.notes else ""
     return (
         f"{found} ({arms}; {len(proof.seeds)} seeds). Data: {proof.data}. "
-        f"[The whole proof](../results.md#{proof.name}).\n"
+        f"[The whole proof](../results.md#{proof.name}).{limits}\n"
     )
 
 
