@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from proofs.proof import HERE
-from proofs.result import Gain, ProofResult
+from proofs.result import ProofResult
 from transfuse.core.catalogue import PACKAGE, entries
 
 INDEX = PACKAGE / "core" / "evidence.json"
@@ -20,25 +20,23 @@ def gather(results: list[ProofResult]) -> dict[str, Any]:
     return {
         entry.name: {
             "tests": [path for path, names in used.items() if entry.name in names],
-            "proofs": [
-                _found(result, *about)
-                for result in results
-                if entry.name in result.proves and (about := result.about(entry.name))
-            ],
+            "proofs": [_found(result, entry.name) for result in results if entry.name in result.proves],
         }
         for entry in sorted(entries(), key=lambda entry: entry.name)
     }
 
 
-def _found(result: ProofResult, gain: Gain, verdict: str) -> dict[str, Any]:
+def _found(result: ProofResult, name: str) -> dict[str, Any]:
+    """Gain and verdict are null where the method is what others are compared with."""
+    gain, verdict = result.about(name) or (None, None)
     return {
         "name": result.name,
         "verdict": verdict,
         "metric": result.metric,
         "baseline": result.baseline,
-        "gain": gain.mean,
-        "low": gain.low,
-        "high": gain.high,
+        "gain": gain and gain.mean,
+        "low": gain and gain.low,
+        "high": gain and gain.high,
         "seeds": len(result.seeds),
     }
 

@@ -55,6 +55,8 @@ def card(entry: Entry, line: str) -> Group:
 def _proof(proof: Mapping[str, Any]) -> str:
     from transfuse.report.numbers import signed
 
+    if proof["gain"] is None:
+        return f"the baseline of {proof['name']}, {proof['seeds']} seeds"
     gain = f"{signed(proof['gain'])} [{signed(proof['low'])}, {signed(proof['high'])}]"
     return f"{proof['verdict']}: {gain} {proof['metric']} over {proof['baseline']}, {proof['seeds']} seeds"
 
