@@ -460,14 +460,14 @@ class Transfer:
     ) -> tuple[nn.Module | None, ArmRun]:
         """One arm with one seed, trained, or read where it was finished before; the model only where it is needed."""
         folder = self.out / "arms" / arm.folder / f"seed-{seed}" if self.out else None
-        target = self.build_target(seed, arm.fresh)
         if resume and folder and (folder / "run.safetensors").exists():
             try:
                 state = load_state(folder / "run.safetensors")
-                model = self._finished(arm, seed, target, folder) if needed else None
+                model = self._finished(arm, seed, folder) if needed else None
             except StoreError as error:
                 raise StoreError(f"{error}. Remove {folder} and resume, to train this one again") from error
             return model, ArmRun(**{**state, "evaluation": _evaluation(state["evaluation"])})
+        target = self.build_target(seed, arm.fresh)
         trainer = self.trainer(arm, seed, target, folder)
         began = time.monotonic()
         model = trainer.fit(resume=resume)
@@ -492,8 +492,9 @@ class Transfer:
         self.sync.barrier()
         return model, run
 
-    def _finished(self, arm: Arm, seed: int, target: nn.Module, folder: Path) -> nn.Module:
+    def _finished(self, arm: Arm, seed: int, folder: Path) -> nn.Module:
         """The model of a run that was finished before; what a method has built around the target is built again."""
+        target = self.build_target(seed, arm.fresh)
         if (folder / "trained.safetensors").exists():
             return self.trainer(arm, seed, target).restore(load_state(folder / "trained.safetensors"))
         load_weights(folder / "model.safetensors", target)
@@ -719,7 +720,7 @@ def _is_control(method: Method) -> bool:
 
 def _is_top1(method: Method) -> bool:
     """Whether a sample is answered correctly when the label's logit is the largest, and every label has one."""
-    return type(method).correct is Method.correct and not method.brings_head
+    return all(type(part).correct is Method.correct and not part.brings_head for part in method.parts)
 
 
 def _read_json(path: Path) -> Any:

@@ -14,11 +14,12 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
 
 from transfuse.continual import ADAM, PrototypeModel, SimpleCIL
-from transfuse.continual.heads import Prototypes, cosine_logits
+from transfuse.continual.heads import Prototypes
 from transfuse.continual.pet import Adapter, Prompted, ScaleShift, with_pet
 from transfuse.core.errors import InputError, LayerError, ShapeError
 from transfuse.core.head import headless
 from transfuse.core.trainer import Trainer
+from transfuse.losses.clustering import cosine_logits
 from transfuse.models import ViTTiny
 
 DISJOINT = ((0, 1), (2, 3), (4,))

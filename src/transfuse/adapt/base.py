@@ -21,12 +21,13 @@ from transfuse.core.batch import Batch, line_up
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, ShapeError, TransferError
+from transfuse.core.labels import labels_term
 from transfuse.core.method import Method
 from transfuse.core.outputs import Features, Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.streams import Data, Stream
-from transfuse.losses import IGNORE, Term, cross_entropy
+from transfuse.losses import Term
 
 SAMPLE = 32
 """Samples of each domain that a method is set up with."""
@@ -99,7 +100,7 @@ class SourceOnly(Adaptation):
 
 def source_labels(logits: Tensor, batch: Batch) -> Term:
     """Cross-entropy on the labels of the stream `"source"`."""
-    return Term.of(cross_entropy(logits, batch.labels), batch.labels != IGNORE, "source/labelled")
+    return labels_term(logits, batch, "source/labelled")
 
 
 def samples(run: Run, name: str) -> dict[str, Batch]:

@@ -22,13 +22,14 @@ from transfuse.continual.heads import TaskHeads, TaskModel
 from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError, MethodError
 from transfuse.core.head import head_of, headless
+from transfuse.core.labels import labels_term
 from transfuse.core.method import Bag, Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Gradients, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.streams import Data, Draw, Indexed, Iterated
 from transfuse.core.taps import PENULTIMATE
-from transfuse.losses import IGNORE, Term, cross_entropy
+from transfuse.losses import IGNORE
 
 HEADS = ("task", "shared")
 CHUNK = 256
@@ -67,7 +68,7 @@ class Learner(Method):
 
     def loss(self, task: int, target: Outputs, batch: Batch, run: Run) -> Losses:
         """The terms of one micro-batch. Labels are rows of the head that gave the target's logits."""
-        return {"labels": labels_term(target, batch)}
+        return {"labels": labels_term(target.logits, batch)}
 
     def end_task(self, task: int, run: Run) -> None:
         """Remember what must be remembered of a task that has been learned."""
@@ -191,11 +192,6 @@ class Learner(Method):
     def _losses(self, task: int, batches: Batches, run: Run) -> Losses:
         batch = self.as_rows(task, batches["data"])
         return self.loss(task, self.outputs(task, batch, run), batch, run)
-
-
-def labels_term(target: Outputs, batch: Batch) -> Term:
-    """Cross-entropy on the samples that have a label."""
-    return Term.of(cross_entropy(target.logits, batch.labels), batch.labels != IGNORE, "labelled")
 
 
 def read(data: Data, order: torch.Generator | None = None) -> Iterator[Batch]:

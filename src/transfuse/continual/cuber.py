@@ -8,12 +8,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from transfuse.continual.base import Learner, labels_term
+from transfuse.continual.base import Learner
 from transfuse.continual.heads import key
 from transfuse.continual.subspace import Matrix, SubspaceMemory, input_rows, matrix_layers
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError
+from transfuse.core.labels import labels_term
 from transfuse.core.method import Bag
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Gradients, Losses, Phase
@@ -242,7 +243,7 @@ class CUBER(Learner):
         total = {layer: torch.zeros_like(p.flatten(1)) for layer, p in parameters.items()}
         count = 0
         for batch in self.examples(task, run, self.samples):
-            loss = labels_term(self.outputs(task, batch, run), batch).sum
+            loss = labels_term(self.outputs(task, batch, run).logits, batch).sum
             for value, gradient in zip(total.values(), torch.autograd.grad(loss, [*parameters.values()]), strict=True):
                 value += gradient.flatten(1)
             count += batch.size

@@ -18,6 +18,7 @@ from transfuse.core.errors import InputError, ShapeError
 from transfuse.core.method import Bag
 from transfuse.core.outputs import call, find_logits
 from transfuse.losses import IGNORE
+from transfuse.losses.clustering import cosine_logits
 
 
 def key(*parts: object) -> str:
@@ -166,11 +167,6 @@ class Prototypes(Bag):
             return features.new_zeros(len(features), total)
         cosines = cosine_logits(features, self.weight.to(features.dtype))
         return cosines.new_full((len(cosines), total), -torch.inf).index_copy(1, self["classes"], cosines)
-
-
-def cosine_logits(features: Tensor, rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """`scale * cos(feature, row)`, `(batch, rows)`."""
-    return scale * F.normalize(features, dim=1) @ F.normalize(rows, dim=1).T
 
 
 class PrototypeModel(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfuse.continual.base import Learner
-from transfuse.continual.heads import PrototypeModel, Prototypes, cosine_logits, merge
+from transfuse.continual.heads import PrototypeModel, Prototypes, merge
 from transfuse.continual.pet import PETS, batch_norms, with_pet
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
@@ -24,6 +24,7 @@ from transfuse.core.run import Run
 from transfuse.core.streams import Generated
 from transfuse.core.taps import PENULTIMATE
 from transfuse.losses import Term, cross_entropy
+from transfuse.losses.clustering import cosine_logits
 
 RETURNING = ("mean", "reject")
 

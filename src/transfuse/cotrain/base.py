@@ -15,12 +15,12 @@ from torch import Tensor
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError
+from transfuse.core.labels import labels_term
 from transfuse.core.method import Method
 from transfuse.core.mixture import Mixture, Shares
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.losses import IGNORE, Term, cross_entropy
 
 
 class Cotraining(Method):
@@ -43,7 +43,7 @@ class Cotraining(Method):
         """The terms of one micro-batch."""
         if batch.labels is None:
             raise InputError(f"{type(self).__name__} learns from labels, and a pool has none")
-        return {"labels": Term.of(cross_entropy(target.logits, batch.labels), batch.labels != IGNORE, "labelled")}
+        return {"labels": labels_term(target.logits, batch)}
 
     def losses(self, batches: Batches, run: Run) -> Losses:
         return self.loss(run("target", batches["data"]), batches["data"], run)

@@ -6,8 +6,6 @@ once per step, whatever is added up.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, ShapeError, TransferError
@@ -15,7 +13,6 @@ from transfuse.core.method import Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.losses import IGNORE, Term, cross_entropy
 
 
 class Distillation(Method):
@@ -58,8 +55,3 @@ class Distillation(Method):
 
     def _teacher(self, batch: Batch, run: Run) -> Outputs:
         return run("source", batch, grad=False) if self.uses_source else Outputs(None)
-
-
-def labels_term(logits: Tensor, batch: Batch) -> Term:
-    """Cross-entropy on the samples or positions that have a label."""
-    return Term.of(cross_entropy(logits, batch.labels), batch.labels != IGNORE, "labelled")

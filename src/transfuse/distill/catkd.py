@@ -11,11 +11,12 @@ from transfuse.core.card import Card
 from transfuse.core.class_maps import CLASS_MAPS, find_class_map_head
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, ShapeError
+from transfuse.core.labels import labels_term
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses, Phase
 from transfuse.core.run import Run
 from transfuse.core.teacher import same_classes
-from transfuse.distill.base import Distillation, labels_term
+from transfuse.distill.base import Distillation
 from transfuse.losses import Term, mean_squared_error
 
 

@@ -6,10 +6,11 @@ from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
+from transfuse.core.labels import labels_term
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses
 from transfuse.core.teacher import same_classes
-from transfuse.distill.base import Distillation, labels_term
+from transfuse.distill.base import Distillation
 from transfuse.losses import Term, kl_divergence
 
 

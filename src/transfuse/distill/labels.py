@@ -6,9 +6,10 @@ from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
+from transfuse.core.labels import labels_term
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses
-from transfuse.distill.base import Distillation, labels_term
+from transfuse.distill.base import Distillation
 
 
 class Labels(Distillation):

@@ -13,11 +13,11 @@ from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
+from transfuse.core.labels import labels_term
 from transfuse.core.method import Bag
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Observe, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.distill.base import labels_term
 from transfuse.distill.online import Online
 from transfuse.losses import IGNORE, Term, cross_entropy, kl_divergence
 

@@ -13,12 +13,13 @@ from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, nearest
+from transfuse.core.labels import labels_term
 from transfuse.core.memory import Memory, Others
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses, Phase
 from transfuse.core.run import Run
 from transfuse.core.streams import Indexed
-from transfuse.distill.base import Distillation, labels_term
+from transfuse.distill.base import Distillation
 from transfuse.losses import Term, cosine_cost, cut_cost, ipot, nce, sinkhorn
 from transfuse.losses.feature import unit
 

@@ -74,6 +74,6 @@ def gated_relation(
     return temperature**2 * (gate.detach() if detach_gate else gate) * cross
 
 
-def cosine_logits(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine of every feature `(samples, width)` with every prototype `(prototypes, width)`."""
-    return F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).T
+def cosine_logits(features: Tensor, prototypes: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """`scale * cos(feature, prototype)` of features `(samples, width)` and prototypes `(prototypes, width)`."""
+    return scale * F.normalize(features, dim=-1) @ F.normalize(prototypes, dim=-1).T

@@ -11,6 +11,7 @@ from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError
+from transfuse.core.labels import labels_term
 from transfuse.core.method import Bag
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
@@ -19,7 +20,7 @@ from transfuse.core.sync import Sync
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
 from transfuse.distill import Labels
-from transfuse.losses import IGNORE, Term, cross_entropy
+from transfuse.losses import Term
 from transfuse.search.base import Search
 from transfuse.search.elastic import ElasticNet, recalibrate
 from transfuse.search.evolution import evolve
@@ -265,8 +266,3 @@ class APQ(Search):
             net = self.supernet(run)
             with net.using(self._best(run) if i == 3 else net.space.largest()):
                 recalibrate(net, self._calibration_batches(run))
-
-
-def labels_term(logits: Tensor, batch: Batch) -> Term:
-    """Cross-entropy on the samples that have a label."""
-    return Term.of(cross_entropy(logits, batch.labels), batch.labels != IGNORE, "labelled")
