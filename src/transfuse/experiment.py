@@ -702,7 +702,7 @@ class Transfer:
 def _require(method: Method, source: nn.Module) -> None:
     """Check the source against every part of a method."""
     for part in method.parts:
-        require(source, part.card.teacher, type(part).__name__, ", ".join(working_with(gives(source))))
+        require(source, part.card.sources, type(part).__name__, ", ".join(working_with(gives(source))))
 
 
 def _evaluation(state: dict[str, Any] | None) -> Evaluation | None:

@@ -294,7 +294,7 @@ def test_a_source_must_give_what_a_method_needs():
     assert isinstance(teacher, LogitsTeacher)
     trainer(KD(), CNN(), teacher, images()).fit()
     with pytest.raises(CapabilityError, match=r"RKD needs 'features' .* LogitsTeacher gives full\. .*: KD"):
-        require(teacher, "features", "RKD", "KD")
+        require(teacher, ("features",), "RKD", "KD")
     with pytest.raises(InputError, match="a source is a model or a function"):
         as_teacher(3)
 

@@ -21,6 +21,7 @@ class Card:
         carries: what carries the knowledge, one of `CARRIES`.
         teacher: what the source must give, one of `TEACHERS`: full logits, features (and logits), top-k
             log-probabilities, sampled tokens, text, weights, or nothing.
+        also: other forms of source that serve as well, from `TEACHERS`: of full logits, top-k or sampled ones are kept.
         data: the least that the method needs, one of `DATA`.
         tasks: the tasks it is defined for, from `TASKS`.
         control: whether it is a control arm rather than a method.
@@ -31,14 +32,21 @@ class Card:
     sheet: int | None = None
     carries: str = "outputs"
     teacher: str = "full"
+    also: tuple[str, ...] = ()
     data: str = "unlabelled"
     tasks: tuple[str, ...] = ("classification",)
     control: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every form of source that the method can learn from."""
+        return (self.teacher, *self.also)
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("carries", self.carries, CARRIES),
             ("teacher", self.teacher, TEACHERS),
+            *(("also", teacher, TEACHERS) for teacher in self.also),
             ("data", self.data, DATA),
             *(("tasks", task, TASKS) for task in self.tasks),
         ):

@@ -144,7 +144,7 @@ def select(
         for e in entries()
         if (family is None or e.family == family)
         and (data is None or e.card.data in SERVES_DATA[data])
-        and (teacher is None or e.card.teacher in SERVES_TEACHER[teacher])
+        and (teacher is None or not set(e.card.sources).isdisjoint(SERVES_TEACHER[teacher]))
         and (task is None or task in e.card.tasks)
         and (want is None or e.family in WANTS[want])
     ]
@@ -174,7 +174,7 @@ SERVES_TEACHER = {
 def working_with(gives: Iterable[str]) -> list[str]:
     """The names of the methods that a source with these capabilities can serve."""
     gives = set(gives)
-    return [e.name for e in entries() if not e.card.control and e.family != "measure" and e.card.teacher in gives]
+    return [e.name for e in entries() if not e.card.control and e.family != "measure" and gives & set(e.card.sources)]
 
 
 def _read(path: Path) -> list[Entry]:

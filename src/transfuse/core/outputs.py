@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from transfuse.core.errors import InputError, LayerError
+from transfuse.core.errors import CapabilityError, InputError, LayerError
+from transfuse.losses.scores import Projection, Sampled, Target, TopK
 
 
 class Features(dict[str, Any]):
@@ -31,7 +32,9 @@ class Outputs:
     """The result of one forward pass.
 
     Attributes:
-        raw: exactly what the model returned; None where the pass was stopped at a layer.
+        raw: exactly what the model returned; None where the pass was stopped at a layer; a :class:`Projection` where
+            a language model's output layer was left for the loss to apply; a sparse target where a source was read
+            from a store.
         features: what the taps read, under the names that were asked for; a wildcard gives a list.
     """
 
@@ -44,8 +47,31 @@ class Outputs:
 
         Raises:
             InputError: the model returned something in which no logits can be found.
+            CapabilityError: of a stored distribution only a part was kept.
         """
+        if isinstance(self.raw, TopK | Sampled):
+            raise CapabilityError(
+                f"this source kept {type(self.raw).__name__} targets, and full logits are needed here: use a method "
+                "that `transfuse methods --teacher topk` (or sampled) lists, or a store of full logits"
+            )
+        if isinstance(self.raw, Projection):  # once, for several parts of a loss may ask
+            self.raw = self.raw.dense()
         return full_precision(find_logits(self.raw))
+
+    @property
+    def scores(self) -> Target:
+        """What :func:`transfuse.losses.match` takes: logits, or what stands for them and is cheaper."""
+        return self.raw if isinstance(self.raw, Projection | TopK | Sampled) else self.logits
+
+    def on_samples(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """The same with something done to every tensor that has one entry per sample: rows chosen, the graph cut."""
+        raw = self.raw
+        raw = raw.on_samples(change) if isinstance(raw, Projection | TopK | Sampled) else change(find_logits(raw))
+
+        def changed(value: Any) -> Any:
+            return [changed(v) for v in value] if isinstance(value, list) else change(value)
+
+        return Outputs(raw, Features({name: changed(value) for name, value in self.features.items()}))
 
 
 def find_logits(raw: Any) -> Tensor:

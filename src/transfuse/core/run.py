@@ -15,12 +15,14 @@ from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, MethodError, nearest
-from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision
+from transfuse.core.output_layer import find_output_layer, left_out
+from transfuse.core.outputs import Features, Outputs, call, full_precision
 from transfuse.core.phases import Phase
 from transfuse.core.probe import no_trace
 from transfuse.core.streams import Data
 from transfuse.core.sync import Sync
 from transfuse.core.taps import Stopped, Swap, Taps
+from transfuse.core.teacher import Recorded
 from transfuse.core.training import Training
 from transfuse.core.watch import Watch
 
@@ -69,6 +71,7 @@ class Run:
         self._learning: set[str] = set()
         self._train: set[str] = set()
         self._shared = self._shares_modules()
+        self._layers: dict[str, nn.Linear | None] = {}
         self._learners: dict[Phase, set[str]] = {}
 
     def __getitem__(self, role: str) -> nn.Module:
@@ -106,6 +109,9 @@ class Run:
             own: a source runs for a loss of its own, not to teach: the control arm leaves its outputs in order.
         """
         model = self[role]
+        if isinstance(model, Recorded):
+            outputs = model.read(batch)
+            return self._shuffle(outputs) if self.shuffled and role in self.sources and not own else outputs
         if role not in self._taps:
             self._taps[role] = Taps(model, self._wants.get(role, ()), batch.inputs)
         if self._shared:
@@ -116,23 +122,21 @@ class Run:
         taps = self._taps[role]
         autocast = torch.autocast(self.device.type, self.precision) if self.precision else nullcontext()
         opened = taps.open(swap, until) if taps.paths or swap or until else nullcontext(Features())
-        with nullcontext() if grad else torch.no_grad(), autocast, opened as features:
+        layer = self._output_layer(role, batch)
+        with nullcontext() if grad else torch.no_grad(), autocast, opened as features, left_out(layer) as projections:
             try:
                 raw = call(model, batch.inputs, params)
             except Stopped:
                 raw = None
+        if projections:
+            raw = projections[-1]
         outputs = Outputs(raw, Features({name: _full_precision(value) for name, value in features.items()}))
         return self._shuffle(outputs) if self.shuffled and role in self.sources and not own else outputs
 
     def shown(self, role: str, outputs: Outputs) -> Outputs:
         """What a network that learns shows to others: its outputs without a graph; in the control arm a source's
         are those of other samples."""
-
-        def detached(value: Any) -> Any:
-            return [detached(v) for v in value] if isinstance(value, list) else value.detach()
-
-        features = Features({name: detached(value) for name, value in outputs.features.items()})
-        shown = Outputs(find_logits(outputs.raw).detach(), features)
+        shown = Outputs(outputs.logits, outputs.features).on_samples(Tensor.detach)
         return self._shuffle(shown) if self.shuffled and role in self.sources else shown
 
     def install(self, wants: Mapping[str, list[str]]) -> None:
@@ -211,6 +215,14 @@ class Run:
             self._learners[phase] = {r for r, m in self.roles.items() if any(p in moved for p in m.parameters())}
         return self._learners[phase]
 
+    def _output_layer(self, role: str, batch: Batch) -> nn.Linear | None:
+        """The layer that losses apply to a language model's hidden states; None where the model applies it."""
+        if self.task != "language-model" or batch.inputs is None:
+            return None
+        if role not in self._layers:
+            self._layers[role] = find_output_layer(self[role], batch.inputs)
+        return self._layers[role]
+
     def _shares_modules(self) -> bool:
         seen: set[int] = set()
         for model in self.roles.values():
@@ -222,20 +234,13 @@ class Run:
 
     def _shuffle(self, outputs: Outputs) -> Outputs:
         """Give every sample the outputs of another one: the control arm that has a teacher but no knowledge."""
-        logits = find_logits(outputs.raw)
-        size = logits.shape[0]
+        size = outputs.scores.shape[0]
         if size < 2:
             raise InputError("a shuffled teacher needs at least two samples in every micro-batch")
-        cycle = torch.randperm(size, device=logits.device)
+        cycle = torch.randperm(size, device=self.device)
         order = torch.empty_like(cycle)
         order[cycle] = cycle.roll(1)
-
-        def permute(value: Any) -> Any:
-            if isinstance(value, list):
-                return [permute(v) for v in value]
-            return value[order] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
-
-        return Outputs(logits[order], Features({n: permute(v) for n, v in outputs.features.items()}))
+        return outputs.on_samples(lambda value: value[order] if value.dim() and value.shape[0] == size else value)
 
 
 def _full_precision(feature: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.batch import Batch
 from transfuse.core.errors import CapabilityError, InputError, VocabularyError
+from transfuse.core.outputs import Outputs
+from transfuse.losses.scores import Target
 
 GIVES = {"full", "features", "topk", "sampled", "text"}
 """Full logits, features of layers, top-k log-probabilities, sampled tokens, text."""
@@ -30,6 +33,18 @@ class LogitsTeacher(nn.Module):
         return torch.as_tensor(self.function(*args, **kwargs)).detach()
 
 
+class Recorded(nn.Module):
+    """A source whose answers were written down: it is asked by sample, and never run."""
+
+    def read(self, batch: Batch) -> Outputs:
+        """What the teacher said about the samples of a batch, on the batch's device.
+
+        Raises:
+            StoreError: there is no answer for one of them, or it was given to something else.
+        """
+        raise NotImplementedError
+
+
 def as_teacher(source: Any) -> nn.Module:
     """A source as a module: modules as they are, other callables as a :class:`LogitsTeacher`.
 
@@ -48,31 +63,31 @@ def gives(source: nn.Module) -> frozenset[str]:
     return frozenset(getattr(source, "gives", ("full", "features")))
 
 
-def require(source: nn.Module, needs: str, method: str, others: str) -> None:
+def require(source: nn.Module, needs: Sequence[str], method: str, others: str) -> None:
     """Check that a source gives what a method needs.
 
     Args:
-        needs: one of `GIVES`, or `"none"`.
+        needs: from `GIVES`, any one of which will do; what is not in there is no matter of a source's outputs.
         others: the methods that would work, for the message.
 
     Raises:
         CapabilityError: it does not.
     """
-    if needs in GIVES and needs not in gives(source):
+    if GIVES.issuperset(needs) and not gives(source).intersection(needs):
         raise CapabilityError(
-            f"{method} needs {needs!r} from its source, {type(source).__name__} gives "
+            f"{method} needs {' or '.join(map(repr, needs))} from its source, {type(source).__name__} gives "
             f"{', '.join(sorted(gives(source)))}. "
             f"Methods that work with it: {others}"
         )
 
 
-def same_classes(student: Tensor, teacher: Tensor) -> None:
-    """Check that two batches of logits speak of the same classes.
+def same_classes(student: Target, teacher: Target) -> None:
+    """Check that the scores of both sides speak of the same classes.
 
     Raises:
         VocabularyError: they count different ones.
     """
-    axis = 1 if student.dim() == 4 else -1
+    axis = 1 if len(student.shape) == 4 else -1
     if student.shape[axis] != teacher.shape[axis]:
         raise VocabularyError(
             f"the target has {student.shape[axis]} classes (logits {tuple(student.shape)}), the source has "

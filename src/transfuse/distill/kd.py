@@ -6,12 +6,12 @@ from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
-from transfuse.core.labels import labels_term
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses
 from transfuse.core.teacher import same_classes
+from transfuse.core.teaching import teach
 from transfuse.distill.base import Distillation
-from transfuse.losses import Term, kl_divergence
+from transfuse.losses import Divergence
 
 
 class KD(Distillation):
@@ -38,6 +38,7 @@ class KD(Distillation):
         arxiv="1503.02531",
         carries="outputs",
         teacher="full",
+        also=("topk", "sampled"),
         data="unlabelled",
         tasks=("classification", "language-model", "token-classification", "segmentation"),
     )
@@ -51,11 +52,7 @@ class KD(Distillation):
         self.temperature, self.alpha = temperature, alpha
 
     def build(self, student: Outputs, teacher: Outputs) -> None:
-        same_classes(student.logits, teacher.logits)
+        same_classes(student.scores, teacher.scores)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
-        divergence = kl_divergence(student.logits, teacher.logits, temperature=self.temperature)
-        terms = {"kd": self.alpha * Term.of(divergence, batch.mask)}
-        if batch.labels is not None and self.alpha < 1:
-            terms["labels"] = (1 - self.alpha) * labels_term(student.logits, batch)
-        return terms
+        return teach("kd", Divergence("forward", temperature=self.temperature), student, teacher, batch, self.alpha)

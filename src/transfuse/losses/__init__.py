@@ -1,6 +1,10 @@
 """The mathematics that methods share: pure functions, tensors in, tensors out, torch only.
 
 - :mod:`~transfuse.losses.divergence`: student against teacher logits, one value per sample, token or pixel
+- :mod:`~transfuse.losses.match`: which divergence, as a value; of logits, of what was kept of them, or of logits that
+  have not been computed
+- :mod:`~transfuse.losses.scores`: what may stand in the place of logits
+- :mod:`~transfuse.losses.sparse`: student logits against top-k or sampled targets
 - :mod:`~transfuse.losses.supervised`: logits against labels, one value per label
 - :mod:`~transfuse.losses.feature`: student against teacher features, one value per sample
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
@@ -36,9 +40,11 @@ from transfuse.losses.divergence import (
     kl_divergence,
     skew_kl,
     soft_cross_entropy,
+    total_variation,
 )
 from transfuse.losses.feature import attention_map, attention_transfer, mean_absolute_error, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
+from transfuse.losses.match import Divergence, match
 from transfuse.losses.prototypes import anchor_entropy, class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import (
@@ -51,6 +57,8 @@ from transfuse.losses.relation import (
     u_product,
     u_removed,
 )
+from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
+from transfuse.losses.sparse import sampled_kl, top_k_kl
 from transfuse.losses.supervised import cross_entropy
 from transfuse.losses.transform import top_k_linspace, top_k_scaling
 from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
@@ -58,7 +66,13 @@ from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
 __all__ = [
     "IGNORE",
     "Direction",
+    "Divergence",
+    "Projection",
+    "Sampled",
+    "Scores",
+    "Target",
     "Term",
+    "TopK",
     "agreeing_divergence",
     "anchor_entropy",
     "anchor_penalty",
@@ -82,6 +96,7 @@ __all__ = [
     "kl_divergence",
     "marginal_entropy",
     "mask_from_lengths",
+    "match",
     "mean_absolute_error",
     "mean_alignment",
     "mean_squared_error",
@@ -92,13 +107,16 @@ __all__ = [
     "reverse_gradient",
     "rkd_angle",
     "rkd_distance",
+    "sampled_kl",
     "sinkhorn",
     "skew_kl",
     "soft_cross_entropy",
     "soft_labels",
     "top_k_decoupled",
+    "top_k_kl",
     "top_k_linspace",
     "top_k_scaling",
+    "total_variation",
     "u_centred",
     "u_correlation",
     "u_product",

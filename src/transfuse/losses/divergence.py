@@ -217,6 +217,25 @@ def balanced_kl(
     return value * temperature**2 if temperature_squared else value
 
 
+def total_variation(
+    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, temperature_squared: bool = True
+) -> Tensor:
+    """Total variation distance of each row, half the sum of absolute differences, in [0, 1].
+
+    Args:
+        student: logits, in one of the three shapes of this module.
+        teacher: logits of the same shape.
+        temperature: divides both logits.
+        temperature_squared: multiply the value by the square of the temperature.
+
+    Raises:
+        ValueError: shapes differ or are none of the three, or the temperature is not positive.
+    """
+    log_s, log_t = _log_probabilities(student, teacher, temperature)
+    value = 0.5 * (log_s.exp() - log_t.exp()).abs().sum(-1)
+    return value * temperature**2 if temperature_squared else value
+
+
 def _log_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     require_same_shape(student, teacher)
     if student.dim() not in (2, 3, 4):

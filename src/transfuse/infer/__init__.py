@@ -1,0 +1,3 @@
+"""Knowledge that is moved while a frozen model answers: nothing is trained, outputs are put together."""
+
+__all__: list[str] = []
