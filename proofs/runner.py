@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 from proofs.proof import HERE, Proof, Trained
 from proofs.result import Gain, ProofResult, Run
 from proofs.study import Study
 from transfuse import measure, transfer
 from transfuse.comparison import ArmRun, gain
+from transfuse.core import rng
+from transfuse.core.checkpoint import load_weights, save_weights
+from transfuse.core.files import make_folder
 from transfuse.core.machine import commit, machine, versions
+from transfuse.datasets import Splits
 from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER
 from transfuse.measure import Interval
@@ -45,7 +52,7 @@ def _run_proof(proof: Proof, smoke: bool) -> ProofResult:
     result = transfer(
         proof.method,
         source=_source(proof.source, smoke),
-        target=_trained(proof.target, smoke) if isinstance(proof.target, Trained) else proof.target,
+        target=trained(proof.target, smoke) if isinstance(proof.target, Trained) else proof.target,
         data=splits.train,
         test=test,
         compare=proof.compare,
@@ -139,17 +146,44 @@ def _few(test: Any) -> Any:
 def _source(source: Any, smoke: bool) -> Any:
     """What a proof declares as its source, as a transfer takes it."""
     if isinstance(source, Trained):
-        return _trained(source, smoke)
+        return trained(source, smoke)
     if isinstance(source, list | tuple):
         return [_source(each, smoke) for each in source]
     return source and source()
 
 
 @cache
-def _trained(source: Trained, smoke: bool) -> nn.Module:
+def trained(source: Trained, smoke: bool = False) -> nn.Module:
+    """A source after its training: once per process, or once for all where `TRANSFUSE_TEACHERS` names a folder."""
     if smoke:
         source = replace(source, training=_short(source.training))
-    return transfer(Labels(), target=source.build, data=source.splits().train, **source.training).model
+    splits = source.splits()
+    kept = _kept(source, splits)
+    if kept and kept.exists():
+        model = source.build()
+        load_weights(kept, model)
+        return model
+    model = transfer(Labels(), target=source.build, data=splits.train, task=splits.task, **source.training).model
+    if kept:
+        make_folder(kept.parent)
+        save_weights(kept, model)
+    return model
+
+
+def _kept(source: Trained, splits: Splits) -> Path | None:
+    """Where the weights of this source are kept: a name that follows from its first weights, data and training.
+
+    The code that trains is not in the name: whoever changes it empties the folder.
+    """
+    folder = os.environ.get("TRANSFUSE_TEACHERS")
+    if folder is None or not isinstance(splits.train, TensorDataset):
+        return None
+    with rng.scope(0):
+        first = source.build().state_dict()
+    content = hashlib.sha256(f"{dict(source.training)} {torch.__version__}".encode())
+    for tensor in (*first.values(), *splits.train.tensors):
+        content.update(tensor.contiguous().numpy().tobytes())
+    return Path(folder) / f"{content.hexdigest()[:16]}.safetensors"
 
 
 def _run(arm: str, run: ArmRun, metric: str) -> Run:
