@@ -10,7 +10,7 @@ from helpers import CNN, Example, images
 from torch import nn
 
 from transfuse.core.method import Method
-from transfuse.distill import BDKD, CATKD, DML, KD, ORC, RKD, SLA, AttentionTransfer, Hints, Labels, TopKD, WCoRD
+from transfuse.distill import BDKD, CATKD, DML, KD, ORC, RKD, SLA, TAID, AttentionTransfer, Hints, Labels, TopKD, WCoRD
 
 
 def example(method: Method, *sources: CNN, target: CNN | None = None, labelled: bool = False) -> Example:
@@ -39,6 +39,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "TopKD": lambda: example(TopKD(), peer(classes=8), target=peer(4, 0, classes=8)),
     "WCoRD": lambda: example(WCoRD(width=8, calibrate=True), peer()),
     "DML": lambda: example(DML(), peer(8), peer(6, 2), labelled=True),
+    "TAID": lambda: example(TAID(rate=0.1), peer()),
     "BDKD": lambda: example(BDKD(), peer(8), labelled=True),
     "ORC": lambda: example(ORC(), peer(8), peer(6, 2), peer(5, 3), labelled=True),
     "SLA": lambda: example(SLA(inference="aggregated"), labelled=True),

@@ -15,6 +15,7 @@ from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
 from transfuse.distill.sla import SLA
+from transfuse.distill.taid import TAID
 from transfuse.distill.topkd import TopKD, TopKScaled
 from transfuse.distill.transformed import Transformed
 from transfuse.distill.wcord import WCoRD
@@ -27,6 +28,7 @@ __all__ = [
     "ORC",
     "RKD",
     "SLA",
+    "TAID",
     "AttentionTransfer",
     "Distillation",
     "Hints",
