@@ -54,10 +54,13 @@ def left_out(layer: nn.Linear | None) -> Iterator[list[Projection]]:
         return
 
     def forward(hidden: Tensor) -> Tensor:
-        found.append(Projection(hidden, layer.weight, layer.bias))
+        kind, given = hidden.device.type, hidden
+        if torch.is_autocast_enabled(kind):  # as the layer would have done
+            given = hidden.to(torch.get_autocast_dtype(kind))
+        found.append(Projection(given, layer.weight, layer.bias))
         return hidden
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield found
     finally:

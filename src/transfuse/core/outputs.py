@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from transfuse.core.errors import CapabilityError, InputError, LayerError
-from transfuse.losses.scores import Projection, Sampled, Target, TopK
+from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
 
 
 class Features(dict[str, Any]):
@@ -62,6 +62,15 @@ class Outputs:
     def scores(self) -> Target:
         """What :func:`transfuse.losses.match` takes: logits, or what stands for them and is cheaper."""
         return self.raw if isinstance(self.raw, Projection | TopK | Sampled) else self.logits
+
+    @property
+    def learning(self) -> Scores:
+        """The same of a model that learns: a whole distribution.
+
+        Raises:
+            CapabilityError: only a part of one was kept, as by a store, and no gradient can reach it.
+        """
+        return self.raw if isinstance(self.raw, Projection) else self.logits
 
     def on_samples(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """The same with something done to every tensor that has one entry per sample: rows chosen, the graph cut."""

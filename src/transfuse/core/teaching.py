@@ -22,7 +22,7 @@ def teach(
     """
     labels = batch.labels if alpha < 1 else None
     values, entropy = match(
-        student.scores, teacher.scores, divergence, labels=labels, rows=batch.mask, expect=(alpha, 1 - alpha)
+        student.learning, teacher.scores, divergence, labels=labels, rows=batch.mask, expect=(alpha, 1 - alpha)
     )
     terms = {name: alpha * Term.of(values, batch.mask)}
     if labels is not None and entropy is not None:
