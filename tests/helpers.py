@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,19 @@ METHODS: list[type[Distillation]] = [
 """Every method of the family, from its public names, whose step is that of the family: `loss(student, teacher, batch,
 clock)` on the data as it comes. Methods that train their teachers too (`Online`) or make batches of their own (`SLA`)
 have tests of their own."""
+
+
+def declared(name: str) -> dict[type[Distillation], Any]:
+    """What the modules `tests/distill/examples_*.py` say about their methods under this name, in one dict.
+
+    `FORMULAS`: the loss as a loop, `formula(method, student, teacher, labels) -> float` over float64 rows of logits
+    `(rows, classes)`. `NOT_ZERO`, `COUPLED`: why the loss is not zero where student equals teacher (its gradient may
+    be), or depends on how a batch is cut.
+    """
+    found: dict[type[Distillation], Any] = {}
+    for path in sorted((Path(__file__).parent / "distill").glob("examples_*.py")):
+        found |= getattr(importlib.import_module(f"distill.{path.stem}"), name, {})
+    return found
 
 
 def make(cls: type[Distillation], layer: str = "layer2") -> Distillation:

@@ -16,6 +16,7 @@ from helpers import (
     CNN,
     METHODS,
     assert_equal_gradients,
+    declared,
     digest,
     first_gradients,
     images,
@@ -85,7 +86,7 @@ def case_of(cls: type[Distillation]) -> Case:
     return make(cls), CNN(seed=0), CNN(width=6, seed=1), images(), "classification"
 
 
-COUPLED = {RKD, WCoRD}  # relations and transport couple the samples of a micro-batch, and say so
+COUPLED = {RKD, WCoRD, *declared("COUPLED")}  # couple the samples of a micro-batch, and say so
 SAMPLE_WISE = [cls for cls in METHODS if cls not in COUPLED]
 CASES: dict[str, Callable[[], Case]] = {
     **{cls.__name__: lambda cls=cls: case_of(cls) for cls in SAMPLE_WISE},
