@@ -37,4 +37,4 @@ class Labels(Distillation):
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         if batch.labels is None:
             raise InputError("Labels needs labels, this data has none: use a method that learns from a teacher alone")
-        return {"labels": labels_term(student.logits, batch)}
+        return {"labels": labels_term(student.learning, batch)}

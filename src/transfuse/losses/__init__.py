@@ -44,7 +44,7 @@ from transfuse.losses.divergence import (
 )
 from transfuse.losses.feature import attention_map, attention_transfer, mean_absolute_error, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
-from transfuse.losses.match import Divergence, match
+from transfuse.losses.match import Divergence, label_entropy, match
 from transfuse.losses.prototypes import anchor_entropy, class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import (
@@ -94,6 +94,7 @@ __all__ = [
     "ipot",
     "jensen_shannon",
     "kl_divergence",
+    "label_entropy",
     "marginal_entropy",
     "mask_from_lengths",
     "match",

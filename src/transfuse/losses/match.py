@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from transfuse.losses.divergence import (
     soft_cross_entropy,
     total_variation,
 )
+from transfuse.losses.fused import fused
+from transfuse.losses.reduction import IGNORE
 from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
 from transfuse.losses.sparse import sampled_kl, top_k_kl
 from transfuse.losses.supervised import cross_entropy
@@ -68,7 +70,7 @@ class Divergence:
         """The divergence of each row of logits, `(...)`."""
         if isinstance(teacher, TopK | Sampled):
             return self._sparse(student, teacher)
-        given = {"temperature": self.temperature, "temperature_squared": self.temperature_squared}
+        given: Any = {"temperature": self.temperature, "temperature_squared": self.temperature_squared}
         share = self.share or 0.0
         match self.kind:
             case "forward":
@@ -97,7 +99,7 @@ class Divergence:
                 f"the targets were kept at temperature {teacher.temperature}, asked for {self.temperature}: what was "
                 "left out cannot be softened afterwards; use the one they were kept at, or keep them anew"
             )
-        values = (top_k_kl if isinstance(teacher, TopK) else sampled_kl)(student, teacher)
+        values = top_k_kl(student, teacher) if isinstance(teacher, TopK) else sampled_kl(student, teacher)
         return values * self.temperature**2 if self.temperature_squared else values
 
 
@@ -127,6 +129,9 @@ def match(
         ValueError: shapes or temperatures do not fit, or a sparse target where a whole distribution is needed.
     """
     if isinstance(student, Projection):
+        if not _learns(target):
+            values, entropy = fused(student, target, divergence, labels=labels, rows=rows, expect=expect)
+            return values, None if labels is None else entropy
         student = student.dense()
     if isinstance(target, Projection):
         target = target.dense()
@@ -136,3 +141,21 @@ def match(
         values = torch.where(rows, values, 0)
         entropy = None if entropy is None else torch.where(rows, entropy, 0)
     return values, entropy
+
+
+def label_entropy(student: Scores, labels: Tensor) -> Tensor:
+    """Cross-entropy of each label, `(...)`; 0 where it is -100, and nothing is computed there that need not be.
+
+    Raises:
+        ValueError: as :func:`~transfuse.losses.cross_entropy`.
+    """
+    if isinstance(student, Projection):
+        return fused(student, None, None, labels=labels, rows=labels != IGNORE)[1]
+    return cross_entropy(student, labels)
+
+
+def _learns(target: Target) -> bool:
+    """Whether gradients must reach the teacher as well, as in networks that learn from each other."""
+    if isinstance(target, Projection):
+        return torch.is_grad_enabled() and (target.hidden.requires_grad or target.weight.requires_grad)
+    return isinstance(target, Tensor) and target.requires_grad

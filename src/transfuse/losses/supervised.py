@@ -6,6 +6,8 @@ teacher's distribution in :mod:`transfuse.losses.divergence`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,16 +35,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     tensor([0.6931, 0.6931, 0.0000])
     """
     scores = at_least_float32(classes_last(logits))
-    if labels.shape != scores.shape[:-1]:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} need labels of shape {tuple(scores.shape[:-1])}, "
-            f"found {tuple(labels.shape)}: give one class index per row of logits"
-        )
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels must be integers, class indices, found {labels.dtype}: use labels.long()")
+    require_labels(labels, scores.shape)
     labels = labels.long()
-    if labels.device.type == "cpu":
-        _require_in_range(labels, scores.shape[-1])
     values = F.cross_entropy(
         scores.flatten(0, -2),
         labels.flatten(),
@@ -51,6 +45,23 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         reduction="none",
     )
     return values.view_as(labels)
+
+
+def require_labels(labels: Tensor, shape: Sequence[int]) -> None:
+    """Check that labels are class indices for logits of this shape, classes last.
+
+    Raises:
+        ValueError: as :func:`cross_entropy`.
+    """
+    if labels.shape != tuple(shape[:-1]):
+        raise ValueError(
+            f"logits of shape {tuple(shape)} need labels of shape {tuple(shape[:-1])}, "
+            f"found {tuple(labels.shape)}: give one class index per row of logits"
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, class indices, found {labels.dtype}: use labels.long()")
+    if labels.device.type == "cpu":
+        _require_in_range(labels, shape[-1])
 
 
 def _require_in_range(labels: Tensor, classes: int) -> None:
