@@ -192,7 +192,7 @@ def test_excluded_classes_follow_the_dense_functions(kind, share):
     ours, reference = learning(student), learning(student, torch.float64)
     values, _ = match(ours, teacher, Divergence(kind, share))
     wanted, _ = match(reference.dense(), teacher.double(), Divergence(kind, share))
-    assert torch.allclose(values.double(), wanted, rtol=1e-5)
+    assert torch.allclose(values.double(), wanted, rtol=1e-5, atol=1e-6)
     hidden, weight = (gradients(v.sum(), o)[:2] for v, o in ((values, ours), (wanted, reference)))
     for a, b in zip(hidden, weight, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
@@ -284,4 +284,4 @@ def test_wrong_inputs_are_refused():
             Divergence(**wrong)
     for end in (0.0, 1.0):
         with pytest.raises(ValueError, match="strictly between 0 and 1"):
-            match(student.dense(), side(1).dense(), Divergence("jensen_shannon", end))
+            Divergence("jensen_shannon", end)

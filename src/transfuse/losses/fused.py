@@ -95,6 +95,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
+        given = ctx.work.counted(*given)
         scale = _ratio(given, ctx.expected)
         if scale is None or ctx.gradients is None:
             _, gradients = ctx.work.run(hidden, weight, bias, given, ctx.needs_input_grad[:3])
@@ -118,8 +119,13 @@ class _Work:
     def expected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients on both values that the loss will probably send back."""
         ones = torch.ones(len(hidden), dtype=_precision(hidden), device=hidden.device)
-        known = torch.zeros_like(ones) if self.labels is None else ones * (self.labels != IGNORE)
-        return ones * self.expect[0] * (self.divergence is not None), known * self.expect[1]
+        return self.counted(ones * self.expect[0], ones * self.expect[1])
+
+    def counted(self, soft: Tensor, hard: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients on both values, without those on what is no value: a divergence from nothing, no label."""
+        if self.divergence is None:
+            soft = torch.zeros_like(soft)
+        return soft, torch.zeros_like(hard) if self.labels is None else hard.where(self.labels != IGNORE, 0)
 
     def run(
         self,
@@ -452,6 +458,8 @@ def _detached(target: Target | None, chosen: Tensor | None) -> Target | None:
 def _ratio(given: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Tensor | None:
     """The one factor between two pairs of gradients; None where there is none."""
     both, theirs = torch.cat(given), torch.cat(expected)
+    if not len(theirs):
+        return None
     at = theirs.abs().argmax()
     if not theirs[at]:
         return None

@@ -63,13 +63,23 @@ class Divergence:
             )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be positive and finite, found {self.temperature}")
-        if self.kind == "interpolated" and not 0 <= (self.share or 0.0) <= 1:
-            raise ValueError(f"the position between student (0) and teacher (1) is {self.share}")
+        share = 0.5 if self.share is None else self.share
+        if self.kind == "jensen_shannon" and not 0 < share < 1:
+            raise ValueError(
+                f"beta must lie strictly between 0 and 1, found {share}: the divergence is zero at both ends. What TRL "
+                'gives there are the divergences "forward" (beta 0) and "reverse" (beta 1)'
+            )
+        if self.kind in ("skew", "skew_reverse") and not 0 <= share < 1:
+            raise ValueError(f"skew must lie in [0, 1), found {share}: at 1 a distribution is compared with itself")
+        if not 0 <= share <= 1:
+            raise ValueError(f"the position between student (0) and teacher (1) must lie in [0, 1], found {share}")
 
     def __call__(self, student: Tensor, teacher: Tensor | TopK | Sampled) -> Tensor:
         """The divergence of each row of logits, `(...)`."""
+        self.require(teacher)
         if isinstance(teacher, TopK | Sampled):
-            return self._sparse(student, teacher)
+            values = top_k_kl(student, teacher) if isinstance(teacher, TopK) else sampled_kl(student, teacher)
+            return values * self.temperature**2 if self.temperature_squared else values
         given: Any = {"temperature": self.temperature, "temperature_squared": self.temperature_squared}
         share = self.share or 0.0
         match self.kind:
@@ -84,23 +94,28 @@ class Divergence:
             case "jensen_shannon":
                 return jensen_shannon(student, teacher, beta=share, **given)
             case "interpolated":
-                return soft_cross_entropy(student, torch.lerp(student.detach(), teacher, share), **given)
+                return soft_cross_entropy(student, _between(student.detach(), teacher, share), **given)
             case "total_variation":
                 return total_variation(student, teacher, **given)
 
-    def _sparse(self, student: Tensor, teacher: TopK | Sampled) -> Tensor:
+    def require(self, target: Target) -> None:
+        """Check that so much is known of a teacher.
+
+        Raises:
+            ValueError: a part of its distribution was kept, and this divergence needs all, or another temperature.
+        """
+        if not isinstance(target, TopK | Sampled):
+            return
         if self.kind != "forward":
             raise ValueError(
                 f"the divergence {self.kind!r} needs the teacher's whole distribution, and this source gives "
-                f"{type(teacher).__name__}: use a forward divergence (KD, RSKD), or a source with full logits"
+                f"{type(target).__name__}: use a forward divergence (KD, RSKD), or a source with full logits"
             )
-        if teacher.temperature != self.temperature:
+        if target.temperature != self.temperature:
             raise ValueError(
-                f"the targets were kept at temperature {teacher.temperature}, asked for {self.temperature}: what was "
+                f"the targets were kept at temperature {target.temperature}, asked for {self.temperature}: what was "
                 "left out cannot be softened afterwards; use the one they were kept at, or keep them anew"
             )
-        values = top_k_kl(student, teacher) if isinstance(teacher, TopK) else sampled_kl(student, teacher)
-        return values * self.temperature**2 if self.temperature_squared else values
 
 
 def match(
@@ -128,6 +143,7 @@ def match(
     Raises:
         ValueError: shapes or temperatures do not fit, or a sparse target where a whole distribution is needed.
     """
+    divergence.require(target)
     if isinstance(student, Projection):
         if not _learns(target):
             values, entropy = fused(student, target, divergence, labels=labels, rows=rows, expect=expect)
@@ -152,6 +168,12 @@ def label_entropy(student: Scores, labels: Tensor) -> Tensor:
     if isinstance(student, Projection):
         return fused(student, None, None, labels=labels, rows=labels != IGNORE)[1]
     return cross_entropy(student, labels)
+
+
+def _between(student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """Logits at a share of the way to the teacher's; what one side excludes stays excluded."""
+    excluded = (student == -math.inf) | (teacher == -math.inf)
+    return torch.lerp(student, teacher, share).masked_fill(excluded, -math.inf)
 
 
 def _learns(target: Target) -> bool:
