@@ -13,6 +13,7 @@ from benchmarks.common import Result
 from transfuse.core.files import write_atomically
 
 BENCHMARKS = {
+    "divergence": "fused divergences over the matrix products they need",
     "startup": "importing the library and running small commands",
     "step": "the trainer's step over a loop written by hand",
 }
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="see whether it runs at all; limits do not count")
     given = parser.parse_args(arguments)
     if given.list:
-        print("\n".join(f"{name:10}{what}" for name, what in BENCHMARKS.items()))
+        print("\n".join(f"{name:12}{what}" for name, what in BENCHMARKS.items()))
         return 0
     if given.name is None:
         parser.error("name a benchmark, or ask for --list")

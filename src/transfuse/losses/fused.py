@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 CHUNK = 256
 """Rows multiplied out at a time: enough for the matrix products, few enough for memory."""
 BLOCK = 32
-"""Rows of a chunk worked on at a time: what fits into a processor's cache."""
+"""Rows of a chunk worked on at a time by a CPU: what fits into its cache."""
+
+Spare = tuple[Tensor, Tensor]
+Weights = tuple[Tensor, Tensor] | None
 
 _log_softmax = torch.ops.aten._log_softmax.out
-_softmax = torch.ops.aten._softmax.out
 
 
 def fused(
@@ -64,8 +66,9 @@ def fused(
     if labels is not None:
         require_labels(labels, student.shape)
     hidden, weight, bias = student.hidden.flatten(0, -2), student.weight, student.bias
+    total = len(hidden)
     chosen = None if rows is None else rows.flatten().nonzero()[:, 0]
-    if chosen is not None and len(chosen) == len(hidden):
+    if chosen is not None and len(chosen) == total:
         chosen = None
     if chosen is not None:
         hidden = hidden[chosen]
@@ -77,7 +80,7 @@ def fused(
     else:
         values, _ = work.run(hidden, weight, bias, None, (False, False, False))
     if chosen is not None:
-        values = tuple(v.new_zeros(rows.numel()).index_copy(0, chosen, v) for v in values)
+        values = tuple(v.new_zeros(total).index_copy(0, chosen, v) for v in values)
     return values[0].view(student.shape[:-1]), values[1].view(student.shape[:-1])
 
 
@@ -93,9 +96,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, soft: Tensor, hard: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        given = ctx.work.counted(*given)
+        given = ctx.work.counted(soft, hard)
         scale = _ratio(given, ctx.expected)
         if scale is None or ctx.gradients is None:
             _, gradients = ctx.work.run(hidden, weight, bias, given, ctx.needs_input_grad[:3])
@@ -132,7 +135,7 @@ class _Work:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        given: tuple[Tensor, ...] | None,
+        given: tuple[Tensor, Tensor] | None,
         wanted: tuple[bool, ...],
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
         """Both values `(rows,)`, and the gradients of hidden states, weight and bias for the `given` ones."""
@@ -147,9 +150,9 @@ class _Work:
             part = slice(begin, begin + self.chunk)
             logits = room.product("student", hidden[part], cast, bias)
             whole = self._teacher(room, part)
-            for block in _blocks(len(logits)):
+            for block in room.blocks(len(logits)):
                 at = slice(begin + block.start, begin + block.stop)
-                weights = None if given is None else tuple(g[at, None] for g in given)
+                weights = None if given is None else (given[0][at, None], given[1][at, None])
                 teacher = None if whole is None else whole[block] if isinstance(whole, Tensor) else _part(whole, block)
                 labels = None if self.labels is None else self.labels[at]
                 found[:, at] = self._rows(logits[block], teacher, labels, weights, room)
@@ -187,7 +190,7 @@ class _Work:
         logits: Tensor,
         teacher: Target | None,
         labels: Tensor | None,
-        weights: tuple[Tensor, ...] | None,
+        weights: Weights,
         room: _Room,
     ) -> Tensor:
         """Both values of a block, `(2, rows)`; where weights are given, its logits become their gradient."""
@@ -209,25 +212,27 @@ class _Work:
             logits.div_(temperature)
             if isinstance(teacher, Tensor):
                 teacher.div_(temperature)
-        soft = None if weights is None else weights[0] * (scale / temperature)
-        hard = None if weights is None else weights[1] if labels is not None and not apart else 0 * weights[1]
-        spare = (room.spare("a", len(logits)), room.spare("b", len(logits)))
-        if isinstance(teacher, TopK | Sampled):
+        inner: Weights = None
+        if weights:
+            inner = weights[0] * (scale / temperature), torch.zeros_like(weights[1]) if apart else weights[1]
+        if not isinstance(teacher, Tensor):
             _log_softmax(logits, -1, False, out=logits)
-            if labels is not None and not apart:
-                found[1] = _labels(logits, labels)
-            found[0] = (_top_k if isinstance(teacher, TopK) else _sampled)(logits, teacher, soft, hard)  # type: ignore[operator]
         else:
-            assert isinstance(teacher, Tensor)
             if self.divergence.kind == "interpolated":
                 torch.lerp(logits, teacher, self.divergence.share or 0.0, out=teacher)
             _log_softmax(logits, -1, False, out=logits)
             _log_softmax(teacher, -1, False, out=teacher)
-            if labels is not None and not apart:
-                found[1] = _labels(logits, labels)
-            kernel = KERNELS[self.divergence.kind]
+        if labels is not None and not apart:
+            found[1] = _labels(logits, labels)
+        if isinstance(teacher, TopK):
+            found[0] = _top_k(logits, teacher, inner)
+        elif isinstance(teacher, Sampled):
+            found[0] = _sampled(logits, teacher, inner)
+        elif isinstance(teacher, Tensor):
+            spare = (room.spare("a", len(logits)), room.spare("b", len(logits)))
             # Rounding may end below zero; the gradient is right even then.
-            found[0] = kernel(logits, teacher, spare, self.divergence.share or 0.0, soft, hard).clamp_(min=0)
+            kernel = KERNELS[self.divergence.kind]
+            found[0] = kernel(logits, teacher, spare, self.divergence.share or 0.0, inner).clamp_(min=0)
         found[0] *= scale
         if weights and labels is not None:
             if apart:
@@ -241,7 +246,7 @@ class _Work:
         weight: Tensor,
         bias: Tensor | None,
         at: slice,
-        weights: tuple[Tensor, ...] | None,
+        weights: Weights,
         out: Tensor,
     ) -> Tensor:
         """The same of a block with excluded classes, by the functions that know what they mean."""
@@ -265,6 +270,7 @@ class _Room:
 
     def __init__(self, rows: int, classes: int, dtype: torch.dtype, device: torch.device):
         self.rows, self.classes, self.dtype, self.device = rows, classes, dtype, device
+        self.block = min(BLOCK, rows) if device.type == "cpu" else rows
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, most: int | None = None) -> Tensor:
@@ -275,7 +281,11 @@ class _Room:
 
     def spare(self, name: str, rows: int) -> Tensor:
         """Room for a block."""
-        return self.buffer("spare " + name, rows, min(BLOCK, self.rows))
+        return self.buffer("spare " + name, rows, self.block)
+
+    def blocks(self, rows: int) -> Iterator[slice]:
+        """A chunk's rows in blocks."""
+        return (slice(i, min(i + self.block, rows)) for i in range(0, rows, self.block))
 
     def product(self, name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The logits of a chunk."""
@@ -287,84 +297,73 @@ class _Room:
         return logits if bias is None else logits.add_(bias.to(self.dtype))
 
 
-# The kernels: log-probabilities of both sides in, values out. Where `soft`, `(rows, 1)`, is given, what is left in
-# `s` is soft * d(value) + hard * softmax(s), by the logits; `t` and the spare buffers are overwritten.
+# The kernels: log-probabilities of both sides in, values out. Where the weights of rows, `(soft, hard)`, each
+# `(rows, 1)`, are given, what is left in `s` is soft * d(value) + hard * softmax(s), by the logits. All other buffers
+# are overwritten.
 
-Spare = tuple[Tensor, Tensor]
 
-
-def _forward(s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _forward(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     p = torch.exp(t, out=spare[0])
     value = _dot(p, t.sub_(s))
-    if soft is not None:
-        s.exp_().mul_(soft + hard).addcmul_(p, soft, value=-1)
+    _difference(s, p, weights)
     return value
 
 
-def _reverse(s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _reverse(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     torch.sub(s, t, out=t)
-    return _by_probability(s.exp_(), t, soft, hard)
+    return _by_probability(s.exp_(), t, weights)
 
 
-def _skew(s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _skew(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     if share == 0:
-        return _forward(s, t, spare, share, soft, hard)
-    p, mixed = torch.exp(t, out=spare[0]), s.exp_()
-    mixed = torch.lerp(mixed, p, share, out=spare[1]).clamp_(min=_tiny(s))
+        return _forward(s, t, spare, share, weights)
+    p = torch.exp(t, out=spare[0])
+    mixed = torch.lerp(s.exp_(), p, share, out=spare[1]).clamp_(min=_tiny(s))
     value = _dot(p, t)
     value -= _dot(p, torch.log(mixed, out=t))
-    if soft is not None:
-        _by_probability(s, p.div_(mixed).mul_(share - 1), soft, hard)
+    _by_probability(s, p.div_(mixed).mul_(share - 1), weights)
     return value
 
 
-def _skew_reverse(s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _skew_reverse(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     if share == 0:
-        return _reverse(s, t, spare, share, soft, hard)
+        return _reverse(s, t, spare, share, weights)
     p = torch.exp(s, out=spare[0])
     mixed = torch.lerp(t.exp_(), p, share, out=t).clamp_(min=_tiny(s))
     s.sub_(torch.log(mixed, out=spare[1]))
     value = _dot(p, s)
-    if soft is not None:
-        s.addcdiv_(p, mixed, value=-share)
-        slope = t.copy_(s)
-        _by_probability(s.copy_(p), slope, soft, hard)
+    s.addcdiv_(p, mixed, value=-share)
+    _by_probability(p, s, weights)
+    s.copy_(p)
     return value
 
 
-def _jensen_shannon(
-    s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None
-) -> Tensor:
+def _jensen_shannon(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     p, q = torch.exp(t, out=spare[0]), torch.exp(s, out=spare[1])
     value = share * _dot(p, t)
     mixed = torch.lerp(q, p, share, out=t).clamp_(min=_tiny(s)).log_()
     value -= share * _dot(p, mixed)
     s.sub_(mixed)
-    value += (1 - share) * _dot(q, s)
-    if soft is not None:
-        slope = t.copy_(s)
-        _by_probability(s.copy_(q), slope, (1 - share) * soft, hard)
+    value += (1 - share) * _by_probability(q, s, weights and ((1 - share) * weights[0], weights[1]))
+    s.copy_(q)
     return value
 
 
-def _interpolated(s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _interpolated(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     p = t.exp_()
     value = -_dot(p, s)
-    if soft is not None:
-        s.exp_().mul_(soft + hard).addcmul_(p, soft, value=-1)
+    _difference(s, p, weights)
     return value
 
 
-def _total_variation(
-    s: Tensor, t: Tensor, spare: Spare, share: float, soft: Tensor | None, hard: Tensor | None
-) -> Tensor:
+def _total_variation(s: Tensor, t: Tensor, spare: Spare, share: float, weights: Weights) -> Tensor:
     difference = torch.sub(s.exp_(), t.exp_(), out=t)
     value = 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)
-    _by_probability(s, difference.sign_().mul_(0.5), soft, hard)
+    _by_probability(s, difference.sign_().mul_(0.5), weights)
     return value
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {
+KERNELS: dict[str, Callable[[Tensor, Tensor, Spare, float, Weights], Tensor]] = {
     "forward": _forward,
     "reverse": _reverse,
     "skew": _skew,
@@ -375,15 +374,21 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _by_probability(p: Tensor, slope: Tensor, soft: Tensor | None, hard: Tensor | None) -> Tensor:
-    """The mean slope under p; p becomes its gradient by the logits: p * (slope - mean)."""
+def _difference(s: Tensor, p: Tensor, weights: Weights) -> None:
+    """The gradient softmax(s) - p of everything that is a cross-entropy to p; s holds log-probabilities."""
+    if weights:
+        s.exp_().mul_(weights[0] + weights[1]).addcmul_(p, weights[0], value=-1)
+
+
+def _by_probability(p: Tensor, slope: Tensor, weights: Weights) -> Tensor:
+    """The mean slope under p, whose gradient by the logits, p * (slope - mean), takes the place of p."""
     mean = _dot(p, slope)
-    if soft is not None and hard is not None:
-        p.mul_(slope.sub_(mean[:, None]).mul_(soft).add_(hard))
+    if weights:
+        p.mul_(slope.sub_(mean[:, None]).mul_(weights[0]).add_(weights[1]))
     return mean
 
 
-def _top_k(s: Tensor, t: TopK, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _top_k(s: Tensor, t: TopK, weights: Weights) -> Tensor:
     log_p = t.log_probabilities.to(s.dtype)
     p = log_p.exp()
     kept = p > 0
@@ -393,18 +398,20 @@ def _top_k(s: Tensor, t: TopK, soft: Tensor | None, hard: Tensor | None) -> Tens
     floor = rest_q.clamp(min=1e-7)
     value = torch.where(kept, p * (log_p - log_s), 0).sum(-1)
     value += (torch.special.xlogy(rest_p, rest_p) - rest_p * floor.log())[:, 0]
-    if soft is not None and hard is not None:
+    if weights:
+        soft, hard = weights
         lost = torch.where(rest_q > 1e-7, rest_p / floor, 0)
         s.exp_().mul_(soft * (p.sum(-1, keepdim=True) + rest_p - lost) + hard)
         s.scatter_add_(-1, t.ids, soft * (q * lost - p))
     return value
 
 
-def _sampled(s: Tensor, t: Sampled, soft: Tensor | None, hard: Tensor | None) -> Tensor:
+def _sampled(s: Tensor, t: Sampled, weights: Weights) -> Tensor:
     shares = t.shares.to(s.dtype)
     log_s = s.gather(-1, t.ids)
     value = torch.where(shares > 0, torch.special.xlogy(shares, shares) - shares * log_s, 0).sum(-1)
-    if soft is not None and hard is not None:
+    if weights:
+        soft, hard = weights
         s.exp_().mul_(soft * shares.sum(-1, keepdim=True) + hard)
         s.scatter_add_(-1, t.ids, -soft * shares)
     return value
@@ -432,10 +439,6 @@ def _tiny(of: Tensor) -> float:
 
 def _precision(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _blocks(rows: int) -> Iterator[slice]:
-    return (slice(i, min(i + BLOCK, rows)) for i in range(0, rows, BLOCK))
 
 
 def _rows(values: Tensor, chosen: Tensor | None) -> Tensor:

@@ -146,8 +146,8 @@ def match(
     divergence.require(target)
     if isinstance(student, Projection):
         if not _learns(target):
-            values, entropy = fused(student, target, divergence, labels=labels, rows=rows, expect=expect)
-            return values, None if labels is None else entropy
+            found = fused(student, target, divergence, labels=labels, rows=rows, expect=expect)
+            return found[0], None if labels is None else found[1]
         student = student.dense()
     if isinstance(target, Projection):
         target = target.dense()
