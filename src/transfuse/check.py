@@ -15,7 +15,7 @@ from transfuse.core.batch import Batch
 from transfuse.core.composition import merged_wants
 from transfuse.core.outputs import call, eager
 from transfuse.core.taps import Taps
-from transfuse.core.teacher import gives
+from transfuse.core.teacher import Recorded, gives
 from transfuse.core.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ def _models(transfer: Transfer, sample: Batch) -> dict[str, Any]:
     wants = merged_wants(arm.method for arm in transfer.arms)
     for role, model in (*transfer.sources.items(), ("target", transfer.build_target(transfer.seeds[0]))):
         model = model.to(transfer.sync.device)
+        names = wants.get(role, [])
         found[role] = {
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "gives": sorted(gives(model)),
-            "taps": _taps(model, wants.get(role, []), sample.to(transfer.sync.device)),
+            "taps": {} if isinstance(model, Recorded) else _taps(model, names, sample.to(transfer.sync.device)),
         }
     return found
 

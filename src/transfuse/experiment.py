@@ -31,7 +31,7 @@ from transfuse.core.method import Method
 from transfuse.core.outputs import modes_kept
 from transfuse.core.streams import Adapt, Data, Indexed, Iterated
 from transfuse.core.sync import sync_for
-from transfuse.core.teacher import gives, require
+from transfuse.core.teacher import Recorded, gives, require
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
 from transfuse.distill import Labels
@@ -330,7 +330,8 @@ class Transfer:
             raise InputError("there is nothing to read: pass data, or held-out data as test=... or validate=...")
         target = self.build_target(self.seeds[0])
         for role, model in self.sources.items():
-            first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
+            if not isinstance(model, Recorded):
+                first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
         logits = first_logits("target", target.to(self.sync.device), sample.to(self.sync.device))
         self._task, self._classes = self._task or infer_task(sample, logits), logits.shape[1]
         for what, data in (("validate", self.validate), ("test", self.test)):
@@ -367,8 +368,13 @@ class Transfer:
 
     @property
     def source(self) -> nn.Module | None:
-        """The first source model: what agreement and held-out divergence are measured against."""
+        """The first source model."""
         return next(iter(self.sources.values()), None)
+
+    @property
+    def _measured_against(self) -> nn.Module | None:
+        """What agreement and held-out divergence are measured against: a source that can be asked anything."""
+        return None if isinstance(self.source, Recorded) else self.source
 
     def _arm(self, entry: str | Method) -> Arm:
         if isinstance(entry, Method):
@@ -587,7 +593,7 @@ class Transfer:
             data,
             task=self.task,
             batch_size=self.training.batch_size,
-            source=self.source if compared and self.task != "classification" else None,
+            source=self._measured_against if compared and self.task != "classification" else None,
             reference=reference,
             is_correct=correct if method is None or _is_top1(method) else method.correct,
         )
@@ -599,9 +605,9 @@ class Transfer:
         return found.by_set(self.metric) or {"test": found.metrics[self.metric]}
 
     def _reference(self, data: Data | None) -> Evaluation | None:
-        if self.source is None or data is None:
+        if self._measured_against is None or data is None:
             return None
-        return evaluate(self.source, data, task=self.task, batch_size=self.training.batch_size)
+        return evaluate(self._measured_against, data, task=self.task, batch_size=self.training.batch_size)
 
     def _measure_source(self) -> Evaluation | None:
         for model in self.sources.values():
@@ -612,7 +618,7 @@ class Transfer:
         inputs = sample.slice(0, 1).to(self.sync.device).inputs
         footprints = {
             role: None if m is None else footprint(m.to(self.sync.device), inputs)
-            for role, m in (("source", self.source), ("target", model))
+            for role, m in (("source", self._measured_against), ("target", model))
         }
         classes = self.classes
         if classes is None and reference and reference.logits is not None and reference.labels is not None:

@@ -75,7 +75,10 @@ class Outputs:
     def on_samples(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """The same with something done to every tensor that has one entry per sample: rows chosen, the graph cut."""
         raw = self.raw
-        raw = raw.on_samples(change) if isinstance(raw, Projection | TopK | Sampled) else change(find_logits(raw))
+        if isinstance(raw, Projection | TopK | Sampled):
+            raw = raw.on_samples(change)
+        elif raw is not None:
+            raw = change(find_logits(raw))
 
         def changed(value: Any) -> Any:
             return [changed(v) for v in value] if isinstance(value, list) else change(value)

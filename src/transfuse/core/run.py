@@ -234,7 +234,7 @@ class Run:
 
     def _shuffle(self, outputs: Outputs) -> Outputs:
         """Give every sample the outputs of another one: the control arm that has a teacher but no knowledge."""
-        size = outputs.scores.shape[0]
+        size = (next(iter(outputs.features.values())) if outputs.raw is None else outputs.scores).shape[0]
         if size < 2:
             raise InputError("a shuffled teacher needs at least two samples in every micro-batch")
         cycle = torch.randperm(size, device=self.device)

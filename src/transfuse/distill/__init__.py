@@ -14,6 +14,7 @@ from transfuse.distill.labels import Labels
 from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
+from transfuse.distill.rskd import RSKD
 from transfuse.distill.sla import SLA
 from transfuse.distill.taid import TAID
 from transfuse.distill.topkd import TopKD, TopKScaled
@@ -27,6 +28,7 @@ __all__ = [
     "KD",
     "ORC",
     "RKD",
+    "RSKD",
     "SLA",
     "TAID",
     "AttentionTransfer",
