@@ -52,9 +52,8 @@ def generate(
     """
     several = list(models) if isinstance(models, Sequence) else [models]
     if (fuse is None) != (len(several) == 1):
-        raise InputError(
-            f"{len(several)} models need {'a function fuse that puts' if fuse is None else 'no fuse to put'} their logits together"
-        )
+        needs = "one model needs no fuse" if fuse else f"{len(several)} models need a function fuse for their logits"
+        raise InputError(f"{needs}: give several models and fuse, or one model")
     _require(tokens, mask, new_tokens, temperature, top_k, top_p)
     real = torch.ones_like(tokens) if mask is None else mask.long()
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
