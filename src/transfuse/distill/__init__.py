@@ -8,6 +8,7 @@ from transfuse.distill.base import Distillation
 from transfuse.distill.bdkd import BDKD
 from transfuse.distill.catkd import CATKD
 from transfuse.distill.dml import DML
+from transfuse.distill.gkd import GKD
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
@@ -15,6 +16,8 @@ from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
 from transfuse.distill.rskd import RSKD
+from transfuse.distill.self_evolution import SelfEvolution
+from transfuse.distill.seqkd import SeqKD
 from transfuse.distill.sla import SLA
 from transfuse.distill.taid import TAID
 from transfuse.distill.topkd import TopKD, TopKScaled
@@ -25,6 +28,7 @@ __all__ = [
     "BDKD",
     "CATKD",
     "DML",
+    "GKD",
     "KD",
     "ORC",
     "RKD",
@@ -36,6 +40,8 @@ __all__ = [
     "Hints",
     "Labels",
     "Online",
+    "SelfEvolution",
+    "SeqKD",
     "TopKD",
     "TopKScaled",
     "Transformed",
