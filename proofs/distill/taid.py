@@ -74,7 +74,7 @@ PROOF = Study(
         "and a target that is mostly the student's own pulls less. TAID ends 0.05 above scratch and 0.13 above "
         "forward KL; t reaches the teacher only with the last update. The adaptive schedule and the linear one are the "
         "same here: a step of rate 5e-4 is smaller than the 1.5e-3 by which the linear floor rises per update, so the "
-        "floor decides. The paper trains for far longer. Reverse KL is worst in NLL, as expected, and its entropy gap is "
+        "floor decides. The paper trains for far longer. Reverse KL is worst in NLL, as expected; its entropy gap is "
         "the lowest of all arms in two of three seeds; all gaps are positive, for every student is less sure than the "
         "teacher."
     ),
