@@ -53,12 +53,13 @@ def _models(transfer: Transfer, sample: Batch) -> dict[str, Any]:
     wants = merged_wants(arm.method for arm in transfer.arms)
     for role, model in (*transfer.sources.items(), ("target", transfer.build_target(transfer.seeds[0]))):
         model = model.to(transfer.sync.device)
+        read = sample if role == "target" else sample.for_source()
         names = wants.get(role, [])
         found[role] = {
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "gives": sorted(gives(model)),
-            "taps": {} if isinstance(model, Recorded) else _taps(model, names, sample.to(transfer.sync.device)),
+            "taps": {} if isinstance(model, Recorded) else _taps(model, names, read.to(transfer.sync.device)),
         }
     return found
 

@@ -14,6 +14,7 @@ from transfuse.core.batch import Batch, line_up
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, eager, find_logits, modes_kept
 from transfuse.core.streams import Data, Draw
+from transfuse.core.vocabulary import common_classes
 from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
 
@@ -157,6 +158,9 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
             positions["accuracy"] = (classes_last(logits).argmax(-1) == batch.labels).float()
         if source is not None:
             theirs = find_logits(call(eager(source), batch.inputs)).float()
+            if task == "language-model" and logits.shape != theirs.shape:
+                common = common_classes(model, source, logits.shape[-1], theirs.shape[-1])
+                logits, theirs = logits[..., :common], theirs[..., :common]
             positions["kl"] = kl_divergence(logits, theirs)
             positions["agreement"] = (classes_last(logits).argmax(-1) == classes_last(theirs).argmax(-1)).float()
         if not positions:

@@ -260,7 +260,7 @@ class Transfer:
             raise InputError(f"unknown validator {self.select!r}: {nearest(str(self.select), (ORACLE, *VALIDATORS))}")
         self._progress = progress
         self._tracking = Tracking(track, name, self.out and self.out / "tracking") if track else None
-        self._used, self._classes = False, 0
+        self._used, self._classes, self._apart = False, 0, False
 
     def check(self) -> dict[str, Any]:
         """A dry run: everything that can go wrong before training does so here, and the rest is estimated.
@@ -331,7 +331,8 @@ class Transfer:
         target = self.build_target(self.seeds[0])
         for role, model in self.sources.items():
             if not isinstance(model, Recorded):
-                first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
+                first_logits(role, model.to(self.sync.device), sample.for_source().to(self.sync.device))
+        self._apart = sample.for_source() is not sample
         logits = first_logits("target", target.to(self.sync.device), sample.to(self.sync.device))
         self._task, self._classes = self._task or infer_task(sample, logits), logits.shape[1]
         for what, data in (("validate", self.validate), ("test", self.test)):
@@ -373,8 +374,9 @@ class Transfer:
 
     @property
     def _measured_against(self) -> nn.Module | None:
-        """What agreement and held-out divergence are measured against: a source that can be asked anything."""
-        return None if isinstance(self.source, Recorded) else self.source
+        """What agreement and held-out divergence are measured against: a source that can be asked anything, about the
+        same positions."""
+        return None if isinstance(self.source, Recorded) or self._apart else self.source
 
     def _arm(self, entry: str | Method) -> Arm:
         if isinstance(entry, Method):

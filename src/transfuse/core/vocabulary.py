@@ -1,17 +1,22 @@
 """Whether two language models mean the same tokens, by the bytes of their tokens and never by position alone.
 
 A model says what its ids mean by an attribute `tokenizer`: one of Hugging Face's or of `tokenizers`, a mapping from
-tokens to ids, or a list of bytes by id.
+tokens to ids, or a list of bytes by id (:data:`BYTES` for a model that reads bytes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from transfuse.core.errors import InputError, VocabularyError
+from transfuse.core.outputs import Outputs
+from transfuse.losses.scores import Projection, Sampled, TopK
+
+BYTES = tuple(bytes([i]) for i in range(256))
+"""The vocabulary of a model that reads bytes."""
 
 OTHERS = "ByteSpanKD (aligned spans of bytes), SortedLogitsKD (sorted probabilities), SeqKD (the teacher's text)"
 """What works where tokens differ."""
@@ -57,32 +62,45 @@ def compare(student: Any, teacher: Any, student_classes: int, teacher_classes: i
     return Relation(kind, min(student_classes, teacher_classes))
 
 
-def common_classes(student: Any, teacher: Any, student_classes: int, teacher_classes: int) -> int:
+def common_classes(student: Any, teacher: Any, student_classes: int, teacher_classes: int) -> int | None:
     """How many classes two language models share, from 0 on, so that their logits can be compared.
+
+    Where a model does not say what its ids mean, equal numbers are taken to be the same tokens.
 
     Args:
         student, teacher: the models, or stores; their `tokenizer` is read where they have one.
 
+    Returns:
+        None where their numbers differ and it cannot be known why.
+
     Raises:
-        VocabularyError: they mean different tokens, or it cannot be known and their numbers differ.
+        VocabularyError: they mean different tokens.
     """
     ours, theirs = getattr(student, "tokenizer", None), getattr(teacher, "tokenizer", None)
     if ours is None or theirs is None:
-        if student_classes == teacher_classes:
-            return student_classes
-        raise VocabularyError(
-            f"the target has {student_classes} classes, the source {teacher_classes}, and what their ids mean is not "
-            "known: set `model.tokenizer` on both, so that the bytes of their tokens can be compared. If only the head "
-            f"is padded they will be cut to what they share. For different tokens use {OTHERS}"
-        )
+        return student_classes if student_classes == teacher_classes else None
     relation = compare(ours, theirs, student_classes, teacher_classes)
     if relation.kind == "different":
         shown = "; ".join(f"{i}: {a!r} in the target, {b!r} in the source" for i, a, b in relation.differing)
         raise VocabularyError(
-            f"target and source mean different tokens by the same ids ({shown}), so their logits cannot be compared. "
-            f"Methods that work: {OTHERS}"
+            f"target and source mean different tokens by the same ids ({shown}), so their logits cannot be compared, "
+            f"nor can one read what the other reads. Methods that work: {OTHERS}"
         )
     return relation.common
+
+
+def cut(outputs: Outputs, classes: int) -> Outputs:
+    """The same with the first classes alone; of logits that have not been computed, the rest never will be."""
+    raw = outputs.raw
+    if isinstance(raw, TopK | Sampled):  # what lies beyond cannot be taken out of what was kept
+        return outputs
+    if isinstance(raw, Projection):
+        if raw.shape[-1] == classes:
+            return outputs
+        bias = None if raw.bias is None else raw.bias[:classes]
+        return Outputs(replace(raw, weight=raw.weight[:classes], bias=bias), outputs.features)
+    logits = outputs.logits
+    return outputs if logits.shape[-1] == classes else Outputs(logits[..., :classes], outputs.features)
 
 
 def token_bytes(tokenizer: Any) -> Sequence[bytes | None]:
@@ -109,8 +127,8 @@ def _read(tokenizer: Any) -> Sequence[bytes | None]:
     described = backend.to_str() if hasattr(backend, "to_str") else ""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     special = {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
-    if '"ByteLevel"' in described:
-        table = _byte_level()
+    table = _byte_level()
+    if '"ByteLevel"' in described or table.keys() <= vocabulary.keys():
         read = {t: bytes(table[c] for c in t) if all(c in table for c in t) else t.encode() for t in vocabulary}
     else:
         pieces = any(t.startswith("▁") for t in vocabulary)  # of SentencePiece, which marks a space so
