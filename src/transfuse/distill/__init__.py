@@ -6,6 +6,7 @@ Read :mod:`transfuse.distill.base` first, then any one method: each file is one 
 from transfuse.distill.attention_transfer import AttentionTransfer
 from transfuse.distill.base import Distillation
 from transfuse.distill.bdkd import BDKD
+from transfuse.distill.byte_span import ByteSpanKD
 from transfuse.distill.catkd import CATKD
 from transfuse.distill.dml import DML
 from transfuse.distill.hints import Hints
@@ -16,6 +17,7 @@ from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
 from transfuse.distill.rskd import RSKD
 from transfuse.distill.sla import SLA
+from transfuse.distill.sorted_logits import SortedLogitsKD
 from transfuse.distill.taid import TAID
 from transfuse.distill.topkd import TopKD, TopKScaled
 from transfuse.distill.transformed import Transformed
@@ -32,10 +34,12 @@ __all__ = [
     "SLA",
     "TAID",
     "AttentionTransfer",
+    "ByteSpanKD",
     "Distillation",
     "Hints",
     "Labels",
     "Online",
+    "SortedLogitsKD",
     "TopKD",
     "TopKScaled",
     "Transformed",
