@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import Example
+from helpers import Example, language_model, ragged_tokens
 from torch import nn
 
 from transfuse.core.method import Method
 from transfuse.core.vocabulary import BYTES
 from transfuse.datasets import paired_tokens
-from transfuse.distill import ByteSpanKD, SortedLogitsKD
+from transfuse.distill import ByteSpanKD, LLMNeo, SortedLogitsKD
 from transfuse.models import DecoderLM
 
 TEXTS = ["the cat sat", "on the mat", "größe", "the the the", "a hat", "that cat", "mat on cat", "sat"]
@@ -53,8 +53,15 @@ def paired_example(method: Method) -> Example:
     return Example(method, reader(256, 0), reader(merging().get_vocab_size(), 1), data, held_out, options)
 
 
+def adapter_example() -> Example:
+    options = {"steps": 6, "batch_size": 6, "lr": 1e-2, "task": "language-model"}
+    held_out = ragged_tokens(6, seed=1)
+    return Example(LLMNeo(rank=2), language_model(), language_model(1, dim=12), ragged_tokens(), held_out, options)
+
+
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "ByteSpanKD": lambda: paired_example(ByteSpanKD(alpha=0.5)),
+    "LLMNeo": adapter_example,
     "SortedLogitsKD": lambda: paired_example(SortedLogitsKD()),
 }
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from distill.examples_adapters import TEXTS, merging, reader
 from helpers import first_gradients, trainer
-from torch import Tensor
 
 from transfuse import transfer
 from transfuse.core.batch import Batch, align_tokens
@@ -199,7 +198,5 @@ def test_the_error_for_different_tokens_names_the_methods_that_work():
         return model
 
     with pytest.raises(InputError, match=r"ByteSpanKD.*SortedLogitsKD.*SeqKD"):
-        trainer(
-            KD(), told(reader(256, 0), BYTES), told(reader(256, 1), BYTES[::-1]), {"input_ids": Tensor([[1, 2]]).long()},
-            task="language-model",
-        ).fit()  # fmt: skip
+        student, teacher = told(reader(256, 0), BYTES), told(reader(256, 1), BYTES[::-1])
+        trainer(KD(), student, teacher, {"input_ids": torch.tensor([[1, 2]])}, task="language-model").fit()

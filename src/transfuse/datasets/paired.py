@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transfuse.core.errors import InputError
 from transfuse.core.vocabulary import token_bytes
+from transfuse.losses.reduction import mask_from_lengths
 
 
 def paired_tokens(texts: Sequence[str], student: Any, teacher: Any, context: int) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def paired_tokens(texts: Sequence[str], student: Any, teacher: Any, context: int
         InputError: there is no text, or the tokens of one are not its bytes (a tokenizer that changes letters, or
             knows no token for some).
     """
-    if not texts or context < 2:
-        raise InputError(f"expected texts and a context of at least 2 tokens, found {len(texts)} and {context}")
+    if not texts or not all(texts) or context < 2:
+        raise InputError(f"expected texts that are not empty and at least 2 tokens, found {len(texts)} and {context}")
     ours, ends = _read(texts, student, context)
     theirs, source_ends = _read(texts, teacher, context)
     return {"inputs": ours, "source": theirs, "ends": ends, "source_ends": source_ends}
@@ -38,9 +39,10 @@ def paired_tokens(texts: Sequence[str], student: Any, teacher: Any, context: int
 
 def _read(texts: Sequence[str], tokenizer: Any, context: int) -> tuple[dict[str, Tensor], Tensor]:
     tokens, special = token_bytes(tokenizer), _special(tokenizer)
+    by_token = {token: i for i, token in enumerate(tokens)}
     rows, all_ends = [], []
     for number, text in enumerate(texts):
-        ids, written = _encode(tokenizer, text), text.encode()
+        ids, written = _encode(tokenizer, by_token, text), text.encode()
         pieces = [b"" if i in special else tokens[i] or b"" for i in ids]
         joined = b"".join(pieces)
         added = joined == b" " + written  # SentencePiece writes a space before the first word
@@ -49,21 +51,19 @@ def _read(texts: Sequence[str], tokenizer: Any, context: int) -> tuple[dict[str,
                 f"text {number} is {written[:40]!r}, its tokens are {joined[:40]!r}: chunks of bytes need a tokenizer "
                 "that keeps the text as it is"
             )
-        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.long)
+        widths = torch.tensor([len(piece) for piece in pieces], dtype=torch.long)
         rows.append(torch.tensor(ids[:context], dtype=torch.long))
-        all_ends.append((lengths.cumsum(0) - int(added)).clamp(min=0)[:context])
-    size = max(2, *(len(row) for row in rows))
-    real = torch.arange(size) < torch.tensor([len(row) for row in rows])[:, None]
-    ids = torch.nn.utils.rnn.pad_sequence([*rows, torch.zeros(size, dtype=torch.long)], batch_first=True)[:-1]
-    ends = torch.stack([torch.cat([e, e[-1:].expand(size - len(e))]) if len(e) else ids[0] * 0 for e in all_ends])
-    return {"input_ids": ids, "attention_mask": real.long()}, ends
+        all_ends.append((widths.cumsum(0) - int(added)).clamp(min=0)[:context])
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ends = torch.nn.utils.rnn.pad_sequence(all_ends, batch_first=True).cummax(1).values
+    return {"input_ids": padded, "attention_mask": mask_from_lengths(lengths, padded.shape[1]).long()}, ends
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, by_token: Mapping[bytes | None, int], text: str) -> list[int]:
     if hasattr(tokenizer, "encode"):
         found = tokenizer.encode(text)
         return list(getattr(found, "ids", found))
-    by_token = {token: i for i, token in enumerate(token_bytes(tokenizer))}
     try:
         return [by_token[bytes([byte])] for byte in text.encode()]
     except KeyError as error:

@@ -12,6 +12,7 @@ from transfuse.distill.dml import DML
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
+from transfuse.distill.llm_neo import LLMNeo
 from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
@@ -37,6 +38,7 @@ __all__ = [
     "ByteSpanKD",
     "Distillation",
     "Hints",
+    "LLMNeo",
     "Labels",
     "Online",
     "SortedLogitsKD",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class ByteSpanKD(Distillation):
         data="unlabelled",
         tasks=("language-model",),
     )
-    units: ClassVar = {"chunk": lambda batch: spans(batch).valid.sum()}
+    units: Mapping[str, Callable[[Batch], float | Tensor]] = {"chunk": lambda batch: spans(batch).valid.sum()}
 
     def __init__(self, temperature: float = 100.0, alpha: float = 1.0):
         super().__init__()

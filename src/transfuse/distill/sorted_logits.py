@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class SortedLogitsKD(Distillation):
         data="unlabelled",
         tasks=("language-model",),
     )
-    units: ClassVar = {"pair": lambda batch: _counts(batch).sum()}
+    units: Mapping[str, Callable[[Batch], float | Tensor]] = {"pair": lambda batch: _counts(batch).sum()}
 
     def __init__(self, weight: float = 1.5):
         super().__init__()
