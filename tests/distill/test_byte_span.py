@@ -197,6 +197,6 @@ def test_the_error_for_different_tokens_names_the_methods_that_work():
         model.tokenizer = tokenizer
         return model
 
+    student, teacher = told(reader(256, 0), BYTES), told(reader(256, 1), BYTES[::-1])
     with pytest.raises(InputError, match=r"ByteSpanKD.*SortedLogitsKD.*SeqKD"):
-        student, teacher = told(reader(256, 0), BYTES), told(reader(256, 1), BYTES[::-1])
         trainer(KD(), student, teacher, {"input_ids": torch.tensor([[1, 2]])}, task="language-model").fit()
