@@ -27,9 +27,9 @@ PROOF = Study(
     metric="nll",
     higher_is_better=False,
     expected=(
-        "ByteSpanKD with labels below scratch and below SortedLogitsKD, and the shuffled teacher above scratch. Without "
-        "labels it learns as well (the nll falls far below that of a uniform guess, 6.24), though not necessarily as far: "
-        "of each token it is told one number"
+        "ByteSpanKD with labels below scratch and below SortedLogitsKD, and the shuffled teacher above scratch. "
+        "Without labels it learns as well (the nll falls far below that of a uniform guess, 6.24), though not "
+        "necessarily as far: of each token it is told one number"
     ),
     seeds=(0, 1, 2),
 )
