@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch, line_up
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, eager, find_logits, modes_kept
+from transfuse.core.placement import device_of
 from transfuse.core.streams import Data, Draw
 from transfuse.core.vocabulary import common_classes
 from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence
@@ -96,7 +97,7 @@ def evaluate(
     with modes_kept(*models):
         for m in models:
             m.eval()
-        device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        device = device_of(model)
         batches = (
             line_up(batch, task)
             for micro in data.epoch(Draw(batch_size, None, shuffle=False, seed=0), 0)
