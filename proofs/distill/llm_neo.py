@@ -106,7 +106,8 @@ PROOF = Study(
     proves=("LLMNeo",),
     data=(
         "German manual pages (section 1, as they are written) in windows of 64 bytes: 10,800 to train on, 1,200 "
-        "to test; the student was trained on source code of CPython's library, the teacher on that and on the German pages"
+        "to test; the student was trained on source code of CPython's library, the teacher on that and on the "
+        "German pages"
     ),
     trial=trial,
     arms=tuple(ARMS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -16,10 +17,10 @@ from transfuse.core.outputs import call, eager, find_logits, modes_kept
 from transfuse.core.placement import device_of
 from transfuse.core.streams import Data, Draw
 from transfuse.core.vocabulary import common_classes
-from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence
+from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence, next_token
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
 
-HIGHER_IS_BETTER = {"accuracy": True, "agreement": True, "nll": False}
+HIGHER_IS_BETTER = {"accuracy": True, "agreement": True, "nll": False, "bits_per_byte": False}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Evaluation:
 
     Attributes:
         values: for each metric, one value per sample, `(samples,)`; their mean is the metric. Accuracy, agreement
-            with the source (same top class), kl (source to target) and nll in nats per sample or token.
+            with the source (same top class), kl (source to target) and nll in nats per sample or token; bits_per_byte
+            of text whose tokens' `bytes` are known.
         logits, labels: `(samples, classes)` and `(samples,)` in classification, else None.
         sets: names of the held-out sets, where there are several; `of_set` says of which each sample is.
         counts: `(samples,)` scored positions of each sample in token- and pixel-wise tasks, else None.
@@ -148,6 +150,7 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
     """Token- or pixel-wise tasks: sums per sample, never the logits of more than one batch."""
     sums: dict[str, list[Tensor]] = {}
     counts: list[Tensor] = []
+    sizes: list[Tensor] = []
     tasks: list[Tensor] = []
     for cpu_batch in batches:
         batch: Batch = cpu_batch.to(device)
@@ -169,6 +172,8 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
         first = next(iter(positions.values()))
         mask = torch.ones_like(first, dtype=torch.bool) if batch.mask is None else batch.mask
         counts.append(mask.flatten(1).sum(1).double().cpu())
+        if task == "language-model" and "bytes" in batch:  # of each token, which is scored one position earlier
+            sizes.append(torch.where(mask, next_token(batch["bytes"]), 0).sum(1).double().cpu())
         for name, value in positions.items():
             sums.setdefault(name, []).append(torch.where(mask, value, 0).flatten(1).double().sum(1).cpu())
     count = torch.cat(counts)
@@ -177,4 +182,7 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
     # Scaled so that the mean over samples is the mean over tokens: long samples weigh what they are.
     scale = len(count) / count.sum()
     values = {name: torch.cat(parts) * scale for name, parts in sums.items()}
+    if sizes:
+        size = torch.cat(sizes)
+        values["bits_per_byte"] = torch.cat(sums["nll"]) / math.log(2) * (len(size) / size.sum())
     return Evaluation(values, of_set=torch.cat(tasks) if tasks else None, counts=count)

@@ -174,6 +174,8 @@ class Transfer:
         device: where to run; by default the first accelerator, else the CPU.
         name: of the transfer, for the report.
         recipe: what to show as the recipe; by default the arguments.
+        store: what the source said about the training data, see :class:`~transfuse.core.store.TeacherStore`. Arms that
+            first of all learn from what it kept (RSKD from draws) read it, and the source does not run for them.
         listener: called after every update, see :data:`Listener`.
         progress: whether to show progress bars; by default where stderr is a terminal and there is no listener.
         track: experiment trackers that learning curves go to, as Accelerate calls them: `"tensorboard"`, `"wandb"`,
@@ -201,6 +203,7 @@ class Transfer:
         device: str | torch.device | None = None,
         name: str = "transfer",
         recipe: Mapping[str, Any] | None = None,
+        store: Recorded | None = None,
         listener: Listener | None = None,
         progress: bool | None = None,
         track: Sequence[str] = (),
@@ -254,7 +257,7 @@ class Transfer:
             )
         if len(self.arms) > 1 and self.test is None:
             raise InputError("a comparison needs held-out data: pass validate=... or test=...")
-        self.recipe = recipe or self._describe(training)
+        self.recipe, self.store = recipe or self._describe(training), store
         self._task = task
         self.select = method.select if select is None else select
         if self.select not in (None, ORACLE, *VALIDATORS):
@@ -342,7 +345,7 @@ class Transfer:
                 require_fit(what, target, held_out.to(self.sync.device), self._task)
         for arm in self.arms:
             if self.source is not None and arm.method.uses_source:
-                _require(arm.method, self.source)
+                _require(arm.method, next(iter(self._sources_of(arm.method).values())))
         if (
             self.classes is not None
             and self.task == "classification"
@@ -372,6 +375,12 @@ class Transfer:
     def source(self) -> nn.Module | None:
         """The first source model."""
         return next(iter(self.sources.values()), None)
+
+    def _sources_of(self, method: Method) -> dict[str, nn.Module]:
+        """What teaches an arm: the store, where every part of its method wants what was kept, else the sources."""
+        if self.store is not None and all(part.card.teacher in gives(self.store) for part in method.parts):
+            return {"source": self.store}
+        return self.sources
 
     @property
     def _measured_against(self) -> nn.Module | None:
@@ -518,7 +527,8 @@ class Transfer:
             data = {**data, "source": data["source"].shuffled_labels(seed)}
         roles = {"target": target}
         if arm.method.uses_source:
-            roles |= copy.deepcopy(self.sources) if arm.method.moves_source else self.sources
+            sources = self._sources_of(arm.method)
+            roles |= copy.deepcopy(sources) if arm.method.moves_source else sources
         if folder:
             folder = folder / "checkpoints"
             make_folder(folder)

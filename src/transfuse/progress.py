@@ -15,6 +15,25 @@ PAUSE = 0.2
 """Seconds between two looks, so that showing a run does not slow it down."""
 
 
+class Counting:
+    """Lines on stderr for one long task before the trainings: how far it is, and how long it will take.
+
+    Called with how many are done, and of how many; speaks at most every `pause` seconds.
+    """
+
+    def __init__(self, what: str, pause: float = 15.0):
+        self.what, self.pause = what, pause
+        self._began = self._spoke = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._spoke < self.pause and done < total:
+            return
+        self._spoke = now
+        left = (now - self._began) / done * (total - done)
+        Console(stderr=True).print(f"{self.what}: {done} of {total}, {left:.0f} s left", highlight=False)
+
+
 class Progress:
     """Two bars on a terminal, and a line for every finished training. Called after every update.
 

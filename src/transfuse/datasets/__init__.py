@@ -11,6 +11,7 @@ from typing import Any
 
 from transfuse.core.registry import call_named
 from transfuse.datasets.digits import digits
+from transfuse.datasets.documents import documents
 from transfuse.datasets.fashion import fashion_mnist
 from transfuse.datasets.fashion_variants import (
     edge_fashion,
@@ -40,6 +41,7 @@ __all__ = [
     "byte_text",
     "digits",
     "dirichlet",
+    "documents",
     "draw",
     "edge_fashion",
     "fashion_classes",
@@ -84,6 +86,7 @@ DATASETS: dict[str, Callable[..., Splits]] = {
     "hf": hf_dataset,
     "text": byte_text,
     "messages": messages,
+    "documents": documents,
     "noise": noise,
     "noise-sweep": noise_sweep,
 }

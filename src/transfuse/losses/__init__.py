@@ -58,7 +58,7 @@ from transfuse.losses.relation import (
     u_removed,
 )
 from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
-from transfuse.losses.sparse import sampled_kl, top_k_kl
+from transfuse.losses.sparse import sampled_kl, top_k_kl, top_k_target
 from transfuse.losses.supervised import cross_entropy
 from transfuse.losses.transform import top_k_linspace, top_k_scaling
 from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
@@ -117,6 +117,7 @@ __all__ = [
     "top_k_kl",
     "top_k_linspace",
     "top_k_scaling",
+    "top_k_target",
     "total_variation",
     "u_centred",
     "u_correlation",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from transfuse.losses._inputs import at_least_float32
+from transfuse.losses.reduction import IGNORE
 from transfuse.losses.scores import Sampled, TopK
 
 
@@ -55,3 +58,42 @@ def _log_probabilities(student: Tensor, teacher: TopK | Sampled) -> Tensor:
             "the same tokens and the same vocabulary"
         )
     return (at_least_float32(student) / teacher.temperature).log_softmax(-1)
+
+
+Rest = Literal["renormalised", "uniform", "label"]
+
+
+def top_k_target(logits: Tensor, k: int, rest: Rest = "renormalised", labels: Tensor | None = None) -> Tensor:
+    """What is often made of the k largest probabilities: a whole distribution, and a biased one.
+
+    Kept as baselines; :func:`top_k_kl` needs no such guess, and :func:`sampled_kl` no large k.
+
+    Args:
+        logits: of the teacher, `(..., classes)`.
+        k: how many are kept, fewer than the classes.
+        rest: what becomes of the other mass: `"renormalised"`, the kept ones are scaled up to 1; `"uniform"`, it is
+            spread over the other classes (TinyViT: Wu et al., 2022, arXiv:2207.10666); `"label"`, it goes to the label.
+        labels: `(...)`, for `"label"`; without one (-100) a row is renormalised.
+
+    Returns:
+        Probabilities `(..., classes)`.
+
+    Raises:
+        ValueError: k is out of range, or labels are missing.
+    """
+    classes = logits.shape[-1]
+    if not 1 <= k < classes:
+        raise ValueError(f"k must lie between 1 and {classes - 1}, found {k}")
+    p = at_least_float32(logits).softmax(-1)
+    kept, ids = p.topk(k)
+    lost = (1 - kept.sum(-1, keepdim=True)).clamp(min=0)
+    if rest == "uniform":
+        return (lost / (classes - k)).expand_as(p).scatter(-1, ids, kept)
+    target = torch.zeros_like(p).scatter(-1, ids, kept)
+    if rest == "renormalised":
+        return target / target.sum(-1, keepdim=True)
+    if labels is None:
+        raise ValueError("the mass that is left over cannot go to labels: there are none")
+    known = (labels != IGNORE)[..., None]
+    given = target.scatter_add(-1, labels.clamp(min=0)[..., None], lost)
+    return torch.where(known, given, target / target.sum(-1, keepdim=True))

@@ -16,6 +16,7 @@ from transfuse.models.cnn import SmallCNN
 from transfuse.models.lm import DecoderLM
 from transfuse.models.mlp import MLP
 from transfuse.models.resnet import ResNet, resnet8, resnet20
+from transfuse.models.smollm2 import fewer_layers, halved_smollm2, smollm2, smollm2_tokenizer
 from transfuse.models.sphere import SphereClassifier
 from transfuse.models.vit import ViTTiny
 
@@ -28,8 +29,12 @@ __all__ = [
     "SphereClassifier",
     "ViTTiny",
     "build",
+    "fewer_layers",
+    "halved_smollm2",
     "resnet8",
     "resnet20",
+    "smollm2",
+    "smollm2_tokenizer",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -40,6 +45,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit-tiny": ViTTiny,
     "decoder-lm": DecoderLM,
     "sphere-classifier": SphereClassifier,
+    "smollm2": smollm2,
+    "smollm2-halved": halved_smollm2,
 }
 """Networks by the name that a recipe gives them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -223,6 +224,7 @@ class Recipe:
         transfer.sync.barrier()
         try:
             self._teach(lessons)
+            self._keep(transfer, shown=listener is not None)
             return transfer.run(resume)
         except KeyboardInterrupt as stop:
             raise Interrupted(f"stopped; what was done is kept. Go on with: transfuse resume {self.out}") from stop
@@ -391,6 +393,34 @@ class Recipe:
                 lesson.transfer.run(resume=True)
             load_weights(weights, lesson.model)
 
+    def _keep(self, transfer: Transfer, shown: bool) -> None:
+        """Build the store of a source's answers, or what is missing of it."""
+        from transfuse.core.store import Draws, TeacherStore, TopKept
+        from transfuse.progress import Counting
+
+        spec = self._sources.get("source")
+        if spec is None or spec.store is None or spec.stored:
+            return
+        folder = self.folder / spec.store.folder if spec.store.folder else self.out / "store"
+        shown = shown and transfer.sync.rank == 0
+        with self._at("source.store"):
+            transfer.store = TeacherStore.build(
+                folder,
+                transfer.sources["source"],
+                transfer.data["data"],
+                TopKept(spec.store.top_k) if spec.store.top_k else Draws(spec.store.draws or 50),
+                task=transfer.task,
+                temperature=spec.store.temperature,
+                batch_size=spec.store.batch_size,
+                tokenizer=getattr(transfer.sources["source"], "tokenizer", None),
+                rank=transfer.sync.rank,
+                world=transfer.sync.world,
+                say=lambda text: print(text, file=sys.stderr) if shown else None,
+                progress=Counting("store") if shown else None,
+            )
+            transfer.sync.barrier()
+            transfer.store = transfer.store or TeacherStore(folder)
+
     def _method(self, spec: One | list[One] | Chain) -> Method:
         from transfuse.core.composition import Then
         from transfuse.core.method import Method
@@ -414,6 +444,10 @@ class Recipe:
         if spec.data is not None:
             return self._data(f"{name}.data", spec.data)["data"]
         with self._at(name), rng.scope(rng.derive(name)):
+            if spec.stored and spec.store:
+                from transfuse.core.store import TeacherStore
+
+                return TeacherStore(self.folder / str(spec.store.folder))
             return self._model(spec)
 
     def _target(self) -> nn.Module | Callable[[], nn.Module]:

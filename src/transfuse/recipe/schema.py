@@ -139,7 +139,9 @@ class ModelSpec(Part):
     def _one(self) -> Self:
         if self.auto is not None and self.huggingface is None:
             raise InputError("'auto' is the class that reads a 'huggingface' folder, and none is given")
-        return self if getattr(self, "data", None) else self._exactly_one("model", "huggingface")
+        if getattr(self, "data", None) or (getattr(self, "store", None) and not self.model and not self.huggingface):
+            return self
+        return self._exactly_one("model", "huggingface")
 
     @property
     def pretrained(self) -> bool:
@@ -189,10 +191,39 @@ class TaughtSpec(ModelSpec):
         return super().pretrained or self.train is not None
 
 
+class StoreSpec(Part):
+    """What is kept of a teacher's answers on disk, for the arms that learn from it: draws, or the largest k.
+
+    Without a folder of its own it lies in that of the run.
+    """
+
+    short = "folder"
+
+    folder: str | None = None
+    draws: int | None = None
+    top_k: int | None = None
+    temperature: float = 1.0
+    batch_size: int = 16
+
+
 class SourceSpec(TaughtSpec):
-    """What knows: a model, or, under `data`, labelled data of another domain."""
+    """What knows: a model, perhaps with a store of its answers; a store alone; or labelled data of another domain."""
 
     data: DataSpec | None = None
+    store: StoreSpec | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the source is a store that is there already."""
+        return self.store is not None and self.model is None and self.huggingface is None
+
+    @model_validator(mode="after")
+    def _store_says_where(self) -> Self:
+        if self.stored and self.store and not self.store.folder:
+            raise InputError("a source that is a store needs its 'folder', or a 'model' to build it from")
+        if self.store and self.store.draws and self.store.top_k:
+            raise InputError("a store keeps 'draws' or 'top_k', one of them")
+        return self
 
     @model_validator(mode="after")
     def _data_stands_alone(self) -> Self:
