@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch
 from transfuse.core.errors import CapabilityError, InputError, VocabularyError
 from transfuse.core.outputs import Outputs
-from transfuse.core.vocabulary import OTHERS
+from transfuse.core.vocabulary import UNKNOWN
 from transfuse.losses.scores import Target
 
 GIVES = {"full", "features", "topk", "sampled", "text"}
@@ -95,11 +95,7 @@ def same_classes(student: Target, teacher: Target) -> None:
             f"{teacher.shape[axis]} (logits {tuple(teacher.shape)})"
         )
         if len(student.shape) == 3:
-            raise VocabularyError(
-                f"{found}, and what their ids mean is not known. If only an output layer is padded, set "
-                "`model.tokenizer` on both models: the bytes of their tokens are compared, and both are cut to the "
-                f"ids they share. For different tokens use {OTHERS}"
-            )
+            raise VocabularyError(f"{found}, and {UNKNOWN}")
         raise VocabularyError(
             f"{found}: logit methods need the same ones in the same "
             "order. Match features instead (Hints, AttentionTransfer, RKD), or give both the same head"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice, zip_longest
 from typing import Any, Literal
 
 from transfuse.core.errors import InputError, VocabularyError
@@ -20,6 +21,10 @@ BYTES = tuple(bytes([i]) for i in range(256))
 
 OTHERS = "ByteSpanKD (aligned spans of bytes), SortedLogitsKD (sorted probabilities), SeqKD (the teacher's text)"
 """What works where tokens differ."""
+UNKNOWN = (
+    "what their ids mean is not known. If only an output layer is padded, set `model.tokenizer` on both models: the "
+    f"bytes of their tokens are compared, and both are cut to the ids they share. For different tokens use {OTHERS}"
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,16 @@ def compare(student: Any, teacher: Any, student_classes: int, teacher_classes: i
                 f"the tokenizer of the {side} has ids up to {len(tokens) - 1}, its model {classes} outputs: resize the "
                 "model's embeddings, or give it its own tokenizer"
             )
-    longest = max(len(ours), len(theirs))
-    pairs = [(tokens[i] if i < len(tokens) else None) for tokens in (ours, theirs) for i in range(longest)]
-    differing = [(i, a, b) for i, (a, b) in enumerate(zip(pairs[:longest], pairs[longest:], strict=True)) if a != b]
-    if differing:
-        return Relation("different", differing[0][0], tuple(differing[:5]))
+    if ours != theirs:  # asked for every token that is generated, and lists compare fast
+        pairs = enumerate(zip_longest(ours, theirs))
+        differing = tuple(islice(((i, a, b) for i, (a, b) in pairs if a != b), 5))
+        if differing:
+            return Relation("different", differing[0][0], differing)
     kind: Literal["identical", "padded"] = "identical" if student_classes == teacher_classes else "padded"
     return Relation(kind, min(student_classes, teacher_classes))
 
 
-def common_classes(student: Any, teacher: Any, student_classes: int, teacher_classes: int) -> int | None:
+def common_classes(student: Any, teacher: Any, student_classes: int, teacher_classes: int) -> int:
     """How many classes two language models share, from 0 on, so that their logits can be compared.
 
     Where a model does not say what its ids mean, equal numbers are taken to be the same tokens.
@@ -70,15 +75,16 @@ def common_classes(student: Any, teacher: Any, student_classes: int, teacher_cla
     Args:
         student, teacher: the models, or stores; their `tokenizer` is read where they have one.
 
-    Returns:
-        None where their numbers differ and it cannot be known why.
-
     Raises:
-        VocabularyError: they mean different tokens.
+        VocabularyError: they mean different tokens, or their numbers differ and it cannot be known why.
     """
     ours, theirs = getattr(student, "tokenizer", None), getattr(teacher, "tokenizer", None)
     if ours is None or theirs is None:
-        return student_classes if student_classes == teacher_classes else None
+        if student_classes == teacher_classes:
+            return student_classes
+        raise VocabularyError(
+            f"the target has {student_classes} classes, the source has {teacher_classes}, and {UNKNOWN}"
+        )
     relation = compare(ours, theirs, student_classes, teacher_classes)
     if relation.kind == "different":
         shown = "; ".join(f"{i}: {a!r} in the target, {b!r} in the source" for i, a, b in relation.differing)

@@ -24,7 +24,8 @@ def paired_tokens(texts: Sequence[str], student: Any, teacher: Any, context: int
 
     Returns:
         `inputs` and `source`, each with `input_ids` and `attention_mask` `(texts, tokens)`, padded on the right; `ends`
-        and `source_ends`, the byte of the text after each token, `(texts, tokens)`.
+        and `source_ends`, the byte of the text after each token, `(texts, tokens)`; `bytes`, how many each token of the
+        student has, so that bits per byte are measured, which do not depend on a tokenizer.
 
     Raises:
         InputError: there is no text, or the tokens of one are not its bytes (a tokenizer that changes letters, or
@@ -34,7 +35,8 @@ def paired_tokens(texts: Sequence[str], student: Any, teacher: Any, context: int
         raise InputError(f"expected texts that are not empty and at least 2 tokens, found {len(texts)} and {context}")
     ours, ends = _read(texts, student, context)
     theirs, source_ends = _read(texts, teacher, context)
-    return {"inputs": ours, "source": theirs, "ends": ends, "source_ends": source_ends}
+    widths = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))
+    return {"inputs": ours, "source": theirs, "ends": ends, "source_ends": source_ends, "bytes": widths}
 
 
 def _read(texts: Sequence[str], tokenizer: Any, context: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -22,7 +22,7 @@ class Distillation(Method):
     """Base of the family. `"target"` is the student, `"source"` the teacher, `"data"` the only stream."""
 
     family = "distill"
-    _common: tuple[Any, int | None] | None = None
+    _common: tuple[Any, int] | None = None
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         """The terms of one micro-batch. Labels and mask of the batch line up with the logits."""
@@ -74,7 +74,7 @@ class Distillation(Method):
         if self._common is None or self._common[0] != key:  # remembered, for tokenizers are long
             self._common = key, common_classes(run["target"], run["source"], *sizes)
         common = self._common[1]
-        if common is None or sizes == (common, common):
+        if sizes == (common, common):
             return student, teacher
         if batch.labels is not None and bool((batch.labels >= common).any()):
             raise VocabularyError(
