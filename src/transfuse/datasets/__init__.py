@@ -29,6 +29,7 @@ from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
 from transfuse.datasets.messages import messages
 from transfuse.datasets.noise import noise, noise_sweep, permuted_classes
+from transfuse.datasets.paired import paired_tokens
 from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
@@ -59,6 +60,7 @@ __all__ = [
     "messages",
     "noise",
     "noise_sweep",
+    "paired_tokens",
     "permuted_classes",
     "rotated_fashion",
     "shifted_fashion",

@@ -6,12 +6,14 @@ Read :mod:`transfuse.distill.base` first, then any one method: each file is one 
 from transfuse.distill.attention_transfer import AttentionTransfer
 from transfuse.distill.base import Distillation
 from transfuse.distill.bdkd import BDKD
+from transfuse.distill.byte_span import ByteSpanKD
 from transfuse.distill.catkd import CATKD
 from transfuse.distill.dml import DML
 from transfuse.distill.gkd import GKD
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
+from transfuse.distill.llm_neo import LLMNeo
 from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
@@ -19,6 +21,7 @@ from transfuse.distill.rskd import RSKD
 from transfuse.distill.self_evolution import SelfEvolution
 from transfuse.distill.seqkd import SeqKD
 from transfuse.distill.sla import SLA
+from transfuse.distill.sorted_logits import SortedLogitsKD
 from transfuse.distill.taid import TAID
 from transfuse.distill.topkd import TopKD, TopKScaled
 from transfuse.distill.transformed import Transformed
@@ -36,12 +39,15 @@ __all__ = [
     "SLA",
     "TAID",
     "AttentionTransfer",
+    "ByteSpanKD",
     "Distillation",
     "Hints",
+    "LLMNeo",
     "Labels",
     "Online",
     "SelfEvolution",
     "SeqKD",
+    "SortedLogitsKD",
     "TopKD",
     "TopKScaled",
     "Transformed",
