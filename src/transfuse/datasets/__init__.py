@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transfuse.core.registry import call_named
+from transfuse.datasets.augment import crop_flip_erase
 from transfuse.datasets.digits import digits
 from transfuse.datasets.documents import documents
 from transfuse.datasets.fashion import fashion_mnist
@@ -39,6 +40,7 @@ __all__ = [
     "DATASETS",
     "Splits",
     "byte_text",
+    "crop_flip_erase",
     "digits",
     "dirichlet",
     "documents",

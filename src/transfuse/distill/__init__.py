@@ -23,6 +23,7 @@ from transfuse.distill.seqkd import SeqKD
 from transfuse.distill.sla import SLA
 from transfuse.distill.sorted_logits import SortedLogitsKD
 from transfuse.distill.taid import TAID
+from transfuse.distill.tinyvit import TinyViT
 from transfuse.distill.topkd import TopKD, TopKScaled
 from transfuse.distill.transformed import Transformed
 from transfuse.distill.wcord import WCoRD
@@ -48,6 +49,7 @@ __all__ = [
     "SelfEvolution",
     "SeqKD",
     "SortedLogitsKD",
+    "TinyViT",
     "TopKD",
     "TopKScaled",
     "Transformed",
