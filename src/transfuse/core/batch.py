@@ -153,6 +153,8 @@ def align_tokens(batch: Batch) -> Batch:
     tokens = token_ids(batch)
     labels = tokens if batch.labels is None else batch.labels
     padding = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    if padding is not None and padding.dim() > 2:  # who may look at whom; such data says by labels what counts
+        padding = None
     for mask in (padding, batch.mask):
         if mask is not None:
             labels = labels.masked_fill(~mask.bool(), IGNORE)

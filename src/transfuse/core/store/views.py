@@ -135,7 +135,7 @@ class ViewStore:
         views = torch.stack([self.view(images[i], seed) for i, (seed, _, _) in enumerate(found)])
         with modes_kept(teacher):
             p, ids = find_logits(call(teacher.eval(), views)).softmax(-1).topk(self.k)
-        values, stored = (torch.stack([f[i] for f in found]) for i in (1, 2))
+        values, stored = torch.stack([v for _, v, _ in found]), torch.stack([c for _, _, c in found])
         return {"difference": float((p - values).abs().mean()), "mismatches": float((ids != stored).float().mean())}
 
     def _map(self, epoch: int) -> np.ndarray:
