@@ -147,7 +147,12 @@ def _require(
         raise InputError(
             f"prompts are ids of shape (batch, tokens), at least one token each, found {tuple(tokens.shape)}"
         )
-    if new_tokens < 1 or temperature < 0 or (top_k or 1) < 1 or not 0 < (1.0 if top_p is None else top_p) <= 1:
+    if (
+        new_tokens < 1
+        or temperature < 0
+        or (top_k is not None and top_k < 1)
+        or not 0 < (1.0 if top_p is None else top_p) <= 1
+    ):
         raise InputError(
             f"new_tokens and top_k are at least 1, temperature at least 0, top_p in (0, 1], found {new_tokens}, "
             f"{top_k}, {temperature} and {top_p}"

@@ -9,6 +9,7 @@ from transfuse.distill.bdkd import BDKD
 from transfuse.distill.byte_span import ByteSpanKD
 from transfuse.distill.catkd import CATKD
 from transfuse.distill.dml import DML
+from transfuse.distill.gkd import GKD
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
@@ -17,6 +18,8 @@ from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
 from transfuse.distill.rskd import RSKD
+from transfuse.distill.self_evolution import SelfEvolution
+from transfuse.distill.seqkd import SeqKD
 from transfuse.distill.sla import SLA
 from transfuse.distill.sorted_logits import SortedLogitsKD
 from transfuse.distill.taid import TAID
@@ -28,6 +31,7 @@ __all__ = [
     "BDKD",
     "CATKD",
     "DML",
+    "GKD",
     "KD",
     "ORC",
     "RKD",
@@ -41,6 +45,8 @@ __all__ = [
     "LLMNeo",
     "Labels",
     "Online",
+    "SelfEvolution",
+    "SeqKD",
     "SortedLogitsKD",
     "TopKD",
     "TopKScaled",
