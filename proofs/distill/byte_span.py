@@ -33,9 +33,9 @@ PROOF = Study(
     ),
     seeds=(0, 1, 2),
     notes=(
-        "The order is as expected, but the gain over scratch (0.03 nats per token) is smaller than three seeds can tell "
-        "from none. Without any label the student comes within 0.07 of scratch: the likelihoods alone teach it nearly "
-        "what labels do. In 300 updates the student is far from the teacher, so labels still say most. Arms with an "
-        "equal role share one time: it is that of all of them together"
+        "The order is as expected, but the gain over scratch (0.03 nats per token) is smaller than three seeds can "
+        "tell from none. Without any label the student comes within 0.07 of scratch: the likelihoods alone teach it "
+        "nearly what labels do. In 300 updates the student is far from the teacher, so labels still say most. The "
+        "seconds of an arm are those of all arms together"
     ),
 )

@@ -16,7 +16,7 @@ from transfuse.core.errors import InputError
 from transfuse.core.outputs import Outputs
 from transfuse.core.vocabulary import BYTES, token_bytes
 from transfuse.datasets import paired_tokens
-from transfuse.distill import KD, ByteSpanKD
+from transfuse.distill import KD, ByteSpanKD, SortedLogitsKD
 from transfuse.distill.byte_span import spans
 from transfuse.losses.alignment import align_spans, binary_kl
 
@@ -180,12 +180,27 @@ def test_a_transfer_measures_the_student_alone_for_positions_do_not_compare():
     assert {"nll", "bits_per_byte"} <= metrics.keys() and "agreement" not in metrics
 
 
+def test_methods_for_different_tokens_add_up_and_others_are_refused():
+    data, teacher = paired_tokens(TEXTS, BYTES, merging(), 16), reader(merging().get_vocab_size(), 1)
+    found = {
+        repr(method): first_gradients(method, reader(256, 0), teacher, data, task="language-model", batch_size=8)
+        for method in (ByteSpanKD(), SortedLogitsKD(), 0.3 * ByteSpanKD() + 2 * SortedLogitsKD())
+    }
+    a, b, both = found.values()
+    assert all(torch.allclose(0.3 * a[n] + 2 * b[n], both[n], atol=1e-5) for n in both)
+    for method in (KD(), ByteSpanKD() + KD()):
+        with pytest.raises(InputError, match="KD compares target and source position by position"):
+            trainer(method, reader(256, 0), teacher, data, task="language-model").fit()
+
+
 def test_other_tasks_and_batches_without_positions_are_refused():
     data = paired_tokens(TEXTS, BYTES, merging(), 16)
     teacher = reader(merging().get_vocab_size(), 1)
     without = {k: v for k, v in data.items() if not k.endswith("ends")}
     with pytest.raises(InputError, match="needs the byte after each token"):
         trainer(ByteSpanKD(), reader(256, 0), teacher, without, task="language-model").fit()
+    with pytest.raises(InputError, match="pass task='language-model'"):
+        trainer(ByteSpanKD(), reader(256, 0), teacher, data).fit()
     with pytest.raises(InputError, match="temperature is 0"):
         ByteSpanKD(temperature=0)
     with pytest.raises(InputError, match="alpha is 2"):

@@ -219,6 +219,11 @@ def test_students_that_cannot_be_adapted_are_refused():
         neo(LLMNeo(rank=2), users_own()).fit()
 
 
+def test_a_moving_average_of_weights_that_do_not_move_is_refused():
+    with pytest.raises(InputError, match="ema is 0.9"):
+        neo(LLMNeo(rank=2), ema=0.9).fit()
+
+
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"transfuse\[llm\]"):

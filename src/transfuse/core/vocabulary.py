@@ -19,7 +19,10 @@ from transfuse.losses.scores import Projection, Sampled, TopK
 BYTES = tuple(bytes([i]) for i in range(256))
 """The vocabulary of a model that reads bytes."""
 
-OTHERS = "ByteSpanKD (aligned spans of bytes), SortedLogitsKD (sorted probabilities), SeqKD (the teacher's text)"
+OTHERS = (
+    "ByteSpanKD (aligned spans of bytes), SortedLogitsKD (sorted probabilities), or Labels on texts that the teacher "
+    "wrote (what SeqKD does where tokens are the same)"
+)
 """What works where tokens differ."""
 UNKNOWN = (
     "what their ids mean is not known. If only an output layer is padded, set `model.tokenizer` on both models: the "

@@ -15,13 +15,15 @@ from transfuse.core.method import Method
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
-from transfuse.core.vocabulary import common_classes, cut
+from transfuse.core.vocabulary import OTHERS, common_classes, cut
 
 
 class Distillation(Method):
     """Base of the family. `"target"` is the student, `"source"` the teacher, `"data"` the only stream."""
 
     family = "distill"
+    reads_apart: bool = False
+    """Whether the teacher may read other tokens than the student, so that positions do not compare."""
     _common: tuple[Any, int] | None = None
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
@@ -59,14 +61,23 @@ class Distillation(Method):
         return Stage({"data": run.data["data"]}, [Phase("student", self.losses, params)])
 
     def _teacher(self, batch: Batch, run: Run) -> Outputs:
-        return run("source", batch, grad=False) if self.uses_source else Outputs(None)
+        return run("source", batch.for_source(), grad=False) if self.uses_source else Outputs(None)
 
     def _shared(self, student: Outputs, teacher: Outputs, batch: Batch, run: Run) -> tuple[Outputs, Outputs]:
         """The outputs of two language models, cut to the tokens that both have where a head is padded.
 
         Raises:
+            InputError: the data has tokens of the teacher's own, and a method compares position by position.
             VocabularyError: the models mean different tokens, or a label is none that both have.
         """
+        if batch.for_source() is not batch and self.uses_source:
+            for part in self.parts:
+                if part.uses_source and not getattr(part, "reads_apart", False):
+                    raise InputError(
+                        f"{type(part).__name__} compares target and source position by position, and this data has "
+                        f"inputs of the source's own. Methods that work: {OTHERS}; or leave out 'source' of the data"
+                    )
+            return student, teacher
         if run.task != "language-model" or not self.uses_source or not _say_their_tokens(run):
             return student, teacher
         sizes = student.scores.shape[-1], teacher.scores.shape[-1]

@@ -13,7 +13,6 @@ from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses
-from transfuse.core.run import Run
 from transfuse.distill.base import Distillation
 from transfuse.losses import IGNORE, Term
 from transfuse.losses.alignment import Spans, align_spans, binary_kl
@@ -55,6 +54,7 @@ class ByteSpanKD(Distillation):
         data="unlabelled",
         tasks=("language-model",),
     )
+    reads_apart = True
     units: Mapping[str, Callable[[Batch], float | Tensor]] = {"chunk": lambda batch: spans(batch).valid.sum()}
 
     def __init__(self, temperature: float = 100.0, alpha: float = 1.0):
@@ -79,21 +79,14 @@ class ByteSpanKD(Distillation):
             terms["labels"] = (1 - self.alpha) * Term.of(entropy, batch.labels != IGNORE, "labelled")
         return terms
 
-    def _teacher(self, batch: Batch, run: Run) -> Outputs:
-        return run("source", batch.for_source(), grad=False)
-
-    def _shared(self, student: Outputs, teacher: Outputs, batch: Batch, run: Run) -> tuple[Outputs, Outputs]:
-        if run.task != "language-model":
-            raise InputError(f"ByteSpanKD reads text, this is {run.task}: pass task='language-model', or use KD")
-        return student, teacher
-
 
 def spans(batch: Batch) -> Spans:
     """The chunks of a batch whose mask lines up with the logits.
 
     Raises:
-        InputError: there are two readings of the text, and no byte positions that could line them up.
+        InputError: there are two readings of the text, and no byte positions that could line them up; or no text.
     """
+    scored = scored_tokens(batch)
     other = batch.for_source()
     masks = real(batch), real(other)
     if other is batch:
@@ -105,7 +98,18 @@ def spans(batch: Batch) -> Spans:
             "ByteSpanKD needs the byte after each token, as `ends` and `source_ends`, where the source has its own "
             f"tokens; this batch has {', '.join(batch)}. transfuse.datasets.paired_tokens makes them"
         )
-    return align_spans(ends[0], _of_token(batch.mask), ends[1], _of_token(next_token(masks[1].long()) == 1))
+    return align_spans(ends[0], _of_token(scored), ends[1], _of_token(next_token(masks[1].long()) == 1))
+
+
+def scored_tokens(batch: Batch) -> Tensor:
+    """Which positions say something about a token that counts, `(batch, tokens)`.
+
+    Raises:
+        InputError: the task is not that of a language model.
+    """
+    if batch.mask is None or batch.mask.shape != token_ids(batch).shape:
+        raise InputError("text is read here, and this is another task: pass task='language-model', or use KD")
+    return batch.mask
 
 
 def real(batch: Batch) -> Tensor:

@@ -78,7 +78,7 @@ class GKD(Distillation):
         # One coin for all micro-batches and processes, so that an update is of one kind.
         if float(torch.rand((), generator=run.shared_rng("GKD"))) < self.share:
             batch = self.own_texts(batch, run)
-        return self.loss(run("target", batch), self._teacher(batch, run), batch, run.clock)
+        return self.loss(*self._shared(run("target", batch), self._teacher(batch, run), batch, run), batch, run.clock)
 
     def own_texts(self, batch: Batch, run: Run) -> Batch:
         """The batch's prompts with answers by the student."""

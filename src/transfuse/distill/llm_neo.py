@@ -48,7 +48,8 @@ class LLMNeo(Distillation):
         lr_scale: factor of the caller's learning rate: adapters take about ten times that of full training.
 
     Raises:
-        InputError: an argument is out of its range; the student has no layer to adapt, or has adapters already.
+        InputError: an argument is out of its range; the student has no layer to adapt, or has adapters already; a
+            moving average is asked for.
         MissingExtraError: PEFT is not installed.
         VocabularyError: teacher and student count different classes.
 
@@ -92,6 +93,10 @@ class LLMNeo(Distillation):
     def setup(self, run: Run, sample: Batch | None) -> None:
         if sample is None:
             raise InputError("LLMNeo needs data to run the teacher on: pass data=...")
+        if run.training is not None and run.training.ema is not None:
+            raise InputError(
+                f"ema is {run.training.ema}: it averages the student's own weights, which stay as they are; leave it out"
+            )
         lora = adapted(run["target"], sample.inputs, self.rank, 2 * self.rank if self.alpha is None else self.alpha)
         self._lora = (lora,)
         learned = {name: p for name, p in lora.model.named_parameters() if p.requires_grad}

@@ -13,9 +13,8 @@ from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses
-from transfuse.core.run import Run
 from transfuse.distill.base import Distillation
-from transfuse.distill.byte_span import real
+from transfuse.distill.byte_span import real, scored_tokens
 from transfuse.losses import IGNORE, Term
 from transfuse.losses.alignment import sorted_distance
 from transfuse.losses.match import label_entropy
@@ -53,6 +52,7 @@ class SortedLogitsKD(Distillation):
         data="unlabelled",
         tasks=("language-model",),
     )
+    reads_apart = True
     units: Mapping[str, Callable[[Batch], float | Tensor]] = {"pair": lambda batch: _counts(batch).sum()}
 
     def __init__(self, weight: float = 1.5):
@@ -73,19 +73,12 @@ class SortedLogitsKD(Distillation):
             "sorted": self.weight * Term.of(sorted_distance(ours, theirs), unit="pair"),
         }
 
-    def _teacher(self, batch: Batch, run: Run) -> Outputs:
-        return run("source", batch.for_source(), grad=False)
-
-    def _shared(self, student: Outputs, teacher: Outputs, batch: Batch, run: Run) -> tuple[Outputs, Outputs]:
-        if run.task != "language-model":
-            raise InputError(f"SortedLogitsKD reads text, this is {run.task}: pass task='language-model', or use KD")
-        return student, teacher
-
 
 def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
     """The scored positions of both sides, `(batch, tokens)` each."""
     other = batch.for_source()
-    return batch.mask, batch.mask if other is batch else next_token(real(other).long()) == 1
+    ours = scored_tokens(batch)
+    return ours, ours if other is batch else next_token(real(other).long()) == 1
 
 
 def _counts(batch: Batch) -> Tensor:
