@@ -15,9 +15,10 @@ from transfuse.losses.reduction import IGNORE
 class Packed(Dataset[dict[str, Tensor]]):
     """Documents packed into windows, for Hugging Face decoders.
 
-    Samples have `input_ids`, `position_ids`, `attention_mask` and `labels`. Positions begin at 0 in each document, and the mask, `(1, context, context)`, lets a token see its own document
-    alone; positions without the mask would not do, for attention looks at everything before a token. The first token
-    of a document is nobody's target. Documents go into the first window with room for them, the longest first.
+    Samples have `input_ids`, `position_ids`, `attention_mask` and `labels`. Positions begin at 0 in each document, and
+    the mask, `(1, context, context)`, lets a token see its own document alone; positions without the mask would not
+    do, for attention looks at everything before a token. The first token of a document is nobody's target. Documents
+    go into the first window with room for them, the longest first.
 
     Args:
         documents: token ids, `(tokens,)` each; longer ones than `context` are cut into several.
