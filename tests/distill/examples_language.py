@@ -12,7 +12,7 @@ from helpers import Example, language_model, ragged_tokens
 
 from transfuse.core.method import Method
 from transfuse.core.store.forms import draw_tokens
-from transfuse.distill import GKD, RSKD, SelfEvolution, SeqKD
+from transfuse.distill import GKD, RSKD, SelfEvolution, SeqKD, Swing
 
 
 def text_example(method: Method, **options: Any) -> Example:
@@ -21,9 +21,20 @@ def text_example(method: Method, **options: Any) -> Example:
     return Example(method, language_model(0), language_model(1, dim=12), data, ragged_tokens(6, seed=1), given)
 
 
+def private_example() -> Example:
+    """Every third token is private."""
+    found = text_example(Swing())
+    for rows in (found.data, found.test):
+        private = (torch.arange(rows["input_ids"].shape[1]) % 3 == 1).float().expand(rows["input_ids"].shape)
+        rows["inputs"] = {name: rows.pop(name) for name in ("input_ids", "attention_mask")}
+        rows["privacy"] = private.clone()
+    return found
+
+
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "RSKD": lambda: text_example(RSKD(draws=20, alpha=0.5)),
     "SelfEvolution": lambda: text_example(SelfEvolution(labels=0.1)),
+    "Swing": lambda: private_example(),
     "GKD": lambda: text_example(GKD(prompt=2, end=3)),
     "SeqKD": lambda: text_example(SeqKD(prompt=2, end=3, writes=5, temperature=1.0)),
 }

@@ -22,6 +22,7 @@ from transfuse.distill.self_evolution import SelfEvolution
 from transfuse.distill.seqkd import SeqKD
 from transfuse.distill.sla import SLA
 from transfuse.distill.sorted_logits import SortedLogitsKD
+from transfuse.distill.swing import Swing
 from transfuse.distill.taid import TAID
 from transfuse.distill.tinyvit import TinyViT
 from transfuse.distill.topkd import TopKD, TopKScaled
@@ -49,6 +50,7 @@ __all__ = [
     "SelfEvolution",
     "SeqKD",
     "SortedLogitsKD",
+    "Swing",
     "TinyViT",
     "TopKD",
     "TopKScaled",
