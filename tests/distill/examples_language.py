@@ -12,7 +12,7 @@ from helpers import Example, language_model, ragged_tokens
 
 from transfuse.core.method import Method
 from transfuse.core.store.forms import draw_tokens
-from transfuse.distill import GKD, RSKD, SelfEvolution, SeqKD, Swing
+from transfuse.distill import DPKD, GKD, RSKD, SelfEvolution, SeqKD, Swing
 
 
 def text_example(method: Method, **options: Any) -> Example:
@@ -34,6 +34,7 @@ def private_example() -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "RSKD": lambda: text_example(RSKD(draws=20, alpha=0.5)),
     "SelfEvolution": lambda: text_example(SelfEvolution(labels=0.1)),
+    "DPKD": lambda: text_example(DPKD()),
     "Swing": lambda: private_example(),
     "GKD": lambda: text_example(GKD(prompt=2, end=3)),
     "SeqKD": lambda: text_example(SeqKD(prompt=2, end=3, writes=5, temperature=1.0)),
@@ -72,10 +73,20 @@ def self_evolution(method: SelfEvolution, s: np.ndarray, t: np.ndarray, labels: 
     return total / len(rows)
 
 
-FORMULAS = {RSKD: rskd, SelfEvolution: self_evolution}
+def dpkd(method: DPKD, s: np.ndarray, t: np.ndarray, labels: list[int], *_: Any) -> float:
+    total = 0.0
+    for student, teacher, label in zip(map(log_softmax, s), map(log_softmax, t), labels, strict=True):
+        a, c = teacher.index(max(teacher)), student.index(max(student))
+        h = (student[a] - student[c]) - (teacher[a] - teacher[c])
+        total += method.alpha * math.log(1 + math.exp(-method.beta * h)) - (1 - method.alpha) * student[label]
+    return total / len(s)
+
+
+FORMULAS = {RSKD: rskd, SelfEvolution: self_evolution, DPKD: dpkd}
 NOT_ZERO = {
     RSKD: "what is drawn is not the distribution it is drawn from",
     SelfEvolution: "the target holds labels",
+    DPKD: "log 2 is the least that a preference costs",
 }
 COUPLED = {
     RSKD: "draws come in the order of the micro-batches",

@@ -9,6 +9,7 @@ from transfuse.distill.bdkd import BDKD
 from transfuse.distill.byte_span import ByteSpanKD
 from transfuse.distill.catkd import CATKD
 from transfuse.distill.dml import DML
+from transfuse.distill.dpkd import DPKD
 from transfuse.distill.gkd import GKD
 from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
@@ -33,6 +34,7 @@ __all__ = [
     "BDKD",
     "CATKD",
     "DML",
+    "DPKD",
     "GKD",
     "KD",
     "ORC",
