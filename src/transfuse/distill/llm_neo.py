@@ -95,7 +95,7 @@ class LLMNeo(Distillation):
             raise InputError("LLMNeo needs data to run the teacher on: pass data=...")
         if run.training is not None and run.training.ema is not None:
             raise InputError(
-                f"ema is {run.training.ema}: it averages the student's own weights, which stay as they are; leave it out"
+                f"ema is {run.training.ema}: it averages the student's weights, which stay as they are. Leave it out"
             )
         lora = adapted(run["target"], sample.inputs, self.rank, 2 * self.rank if self.alpha is None else self.alpha)
         self._lora = (lora,)
