@@ -26,7 +26,7 @@ class DPKD(Distillation):
     h is at most 0, and 0 where both would say the same: there the preference teaches nothing, so labels are needed
     beside it. Only the logits of a and c move. A second stream named `"pretraining"`, plain text, keeps the student a
     language model: its loss, `(1 - alpha) * CE(label, student) + alpha * CE(teacher, student)`, is added with the
-    weight `plain`. The student starts from one that has been tuned on labels: `Then(Labels(), DPKD())`, or a trained target.
+    weight `plain`. The student starts from one tuned on labels: `Then(Labels(), DPKD())`, or a trained target.
 
     Args:
         alpha: weight of the preference, in [0, 1).
@@ -84,15 +84,11 @@ class DPKD(Distillation):
         stage = super().stage(i, run)
         if EXTRA not in run.data:
             return stage
-        return Stage(
-            {**stage.streams, EXTRA: run.data[EXTRA]}, [Phase("student", self.losses, stage.trained[0].params)]
-        )
+        both = Phase("student", self._both, stage.trained[0].params)
+        return Stage({**stage.streams, EXTRA: run.data[EXTRA]}, [both])
 
-    def losses(self, batches: Batches, run: Run) -> Losses:
-        terms = super().losses(batches, run)
-        if EXTRA in batches:
-            terms |= self._plain(batches[EXTRA], run)
-        return terms
+    def _both(self, batches: Batches, run: Run) -> Losses:
+        return {**self.losses(batches, run), **self._plain(batches[EXTRA], run)}
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         if batch.labels is None or batch.mask is None:
