@@ -11,7 +11,7 @@ from helpers import language_model, ragged_tokens, trainer
 from transfuse.core.batch import Batch, align_tokens
 from transfuse.core.clock import Clock
 from transfuse.core.decoding import generate
-from transfuse.core.errors import InputError
+from transfuse.core.errors import InputError, VocabularyError
 from transfuse.core.outputs import Outputs
 from transfuse.core.run import Run
 from transfuse.distill import GKD, SeqKD
@@ -108,7 +108,7 @@ def test_seqkd_trains_on_the_teacher_s_text_alone_and_asks_it_once():
     teacher.register_forward_hook(lambda *_: calls.append(1))
     run = trainer(SeqKD(prompt=2, writes=4), language_model(), teacher, text, task="language-model", steps=5)
     run.fit()
-    assert len(calls) == 8  # two batches of prompts, four tokens each
+    assert len(calls) == 10  # two batches of prompts, four tokens each; two looks at its output layer before
     written = run.method.texts["input_ids"]
     assert torch.equal(written, generate(language_model(1), text["input_ids"][:, :2], new_tokens=4))
     assert run.method.texts["labels"].tolist() == [[IGNORE, IGNORE, *row[2:]] for row in written.tolist()]
@@ -116,6 +116,13 @@ def test_seqkd_trains_on_the_teacher_s_text_alone_and_asks_it_once():
     one = align_tokens(Batch(inputs=written, labels=run.method.texts["labels"]))
     values = [cross_entropy(m(written), one.labels)[one.mask].mean() for m in (run.run["target"], before)]
     assert values[0] < values[1]
+
+
+def test_seqkd_refuses_a_teacher_of_other_tokens():
+    student, teacher = language_model(), language_model(1)
+    student.tokenizer, teacher.tokenizer = list("abcdefghijk"), list("bacdefghijk")
+    with pytest.raises(VocabularyError, match="mean different tokens"):
+        trainer(SeqKD(prompt=2), student, teacher, {"input_ids": TOKENS}, task="language-model").fit()
 
 
 def test_wrong_arguments_and_data_are_refused():

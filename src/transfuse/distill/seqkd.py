@@ -38,6 +38,7 @@ class SeqKD(Distillation):
     Raises:
         InputError: an argument is out of its range, the data cannot be read by number, or prompts leave nothing to
             write.
+        VocabularyError: teacher and student mean different tokens by the same ids.
 
     Source: Kim & Rush, EMNLP 2016, arXiv:1606.07947.
     """
@@ -70,6 +71,8 @@ class SeqKD(Distillation):
         if sample is None or not isinstance(run.data.get("data"), Indexed):
             raise InputError("SeqKD answers every sample once: pass a data set, not a loader or an iterator")
         room(sample, prompts(sample, self.prompt)[1], self.length)
+        # What the teacher writes must mean the same to the student.
+        self._shared(run("target", sample, grad=False), self._teacher(sample, run), sample, run)
 
     def begin_stage(self, i: int, run: Run) -> bool:
         if i == 0:
