@@ -36,8 +36,8 @@ class DynamicFusion(Fusion):
     Args:
         search: for several experts. `"one-expert"` looks for the one that alone fits all best, a line search for
             each; `"box"` for the best weights in [0, 2]^T, by descent from every expert at its best, from every
-            expert at weight 1, and from all at weight 1. There are two divergences to meet, so with three or more experts many weights may be
-            as good as each other.
+            expert at weight 1, and from all at weight 1. There are two divergences to meet, so with three or more
+            experts many weights may be as good as each other.
 
     Raises:
         InputError: an unknown search.
