@@ -140,8 +140,11 @@ def divergences(log_p: Tensor, shift: Tensor) -> Tensor:
     With the log-partition A = log E_P[exp(shift)], and shifts whose mean under P is 0, they are E_P~[shift] - A and A.
     """
     moved = log_p + shift
-    partition = moved.logsumexp(-1)
-    there = ((moved - partition[:, None]).exp() * shift).sum(-1) - partition
+    top = moved.amax(-1, keepdim=True)
+    weights = (moved - top).exp()  # once for both, for a search does little else
+    total = weights.sum(-1)
+    partition = total.log() + top[:, 0]
+    there = (weights * shift).sum(-1) / total - partition
     return torch.stack([there, partition], -1).clamp(min=0)
 
 
