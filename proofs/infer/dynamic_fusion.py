@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from proofs.proof import Trained
 from proofs.runner import SMOKE_STEPS, trained
 from proofs.small_text import CONTEXT, TEACHER, TRAINING, small_text, student
 from proofs.study import Numbers, Study
 from transfuse import transfer
-from transfuse.core import rng
 from transfuse.distill import Labels
 from transfuse.infer import DynamicFusion, Fusion, StaticFusion
 
 METHOD, PROXY = DynamicFusion(), StaticFusion()
+BASE = Trained(build=student, splits=small_text, training={**TRAINING, "steps": 900})
+"""The small model that experts are tuned from; the large one is the teacher of other proofs, of the same text."""
 TUNING = {"steps": 250, "batch_size": 32, "lr": 2e-3, "warmup": 20, "clip": 1.0}
 """Of experts."""
 LARGE_TUNING = {"steps": 150, "batch_size": 32, "lr": 1e-3, "warmup": 20, "clip": 1.0}
@@ -85,7 +88,7 @@ def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
-    """The large model is the same for all seeds; the small one, its experts and every tuning are a seed's own."""
+    """The large model and the small one are the same for all seeds; every tuning is a seed's own."""
     general, texts = small_text(), domains()
     if smoke:
         texts = {name: Text(*(part[:32] for part in text)) for name, text in texts.items()}
@@ -96,7 +99,7 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
         return transfer(Labels(), target=model, data=data, **options).model
 
     large = trained(TEACHER, smoke)
-    base = learn(student, general.train, {**TRAINING, "steps": 800})
+    base = trained(BASE, smoke)
     experts = {name: learn(base, text.train, TUNING) for name, text in texts.items()}
     tuned = {name: learn(large, text.train, LARGE_TUNING) for name, text in texts.items()}
 
@@ -104,36 +107,36 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     for name, text in texts.items():
         models = [large, base, experts[name]]
         logits = [said(model, text.test) for model in models]
-        constant = best_constant(models, text.validate)
-        methods = {repr(METHOD): METHOD, repr(PROXY): PROXY, "best constant": StaticFusion(constant)}
-        with torch.no_grad(), rng.scope(0):
-            answers = {arm: method.fuse(logits[0], logits[1], logits[2:]) for arm, method in methods.items()}
+        constant = StaticFusion(best_constant(models, text.validate))
+        methods: dict[str, Fusion] = {repr(METHOD): METHOD, repr(PROXY): PROXY, "best constant": constant}
+        answers = {arm: method.fuse(logits[0], logits[1], logits[2:]) for arm, method in methods.items()}
+        others = {"small expert": logits[2], "small base": logits[1], "large base": logits[0]}
+        others["large fine-tuned"] = said(tuned[name], text.test)
         scores = {arm: score(fused.logits, text.test) for arm, fused in answers.items()}
-        scores |= {"small expert": score(logits[2], text.test), "large base": score(logits[0], text.test)}
-        scores |= {"small base": score(logits[1], text.test)}
-        scores |= {"large fine-tuned": score(said(tuned[name], text.test), text.test)}
+        scores |= {arm: score(found, text.test) for arm, found in others.items()}
         start, end = (scores[arm]["bits_per_byte"] for arm in ("large base", "large fine-tuned"))
-        for arm, found in scores.items():
-            closed = (found["bits_per_byte"] - start) / (end - start)
+        for arm, of_arm in scores.items():
+            reached = of_arm["bits_per_byte"]
             alpha = {"alpha": float(answers[arm].alpha.mean())} if arm in answers else {}
-            rows[arm].append({**found, name: found["bits_per_byte"], "gap_closed": closed, **alpha})
-    found = {arm: {**{n: v for row in rows[arm] for n, v in row.items()}, **shared(rows[arm])} for arm in ARMS}
+            rows[arm].append({**of_arm, name: reached, "gap_closed": (reached - start) / (end - start), **alpha})
+    result = {arm: {**{n: v for row in rows[arm] for n, v in row.items()}, **shared(rows[arm])} for arm in ARMS}
 
     # A text of both domains, with both experts at hand and nobody to say which one is meant.
     def mixed(method: Fusion, names: Sequence[str]) -> float:
         return sum(bits(method, [large, base, *(experts[n] for n in names)], t.test) for t in texts.values()) / 2
 
-    found[repr(METHOD)]["mixed"] = mixed(METHOD, list(texts))
-    found[repr(PROXY)]["mixed"] = mixed(PROXY, list(texts))
-    found[repr(METHOD)]["mixed_with_one"] = min(mixed(METHOD, [name]) for name in texts)
-    found["small expert"]["mixed"] = min(
+    result[repr(METHOD)]["mixed"] = mixed(METHOD, list(texts))
+    result[repr(PROXY)]["mixed"] = mixed(PROXY, list(texts))
+    result[repr(METHOD)]["mixed_with_one"] = min(mixed(METHOD, [name]) for name in texts)
+    result["small expert"]["mixed"] = min(
         mean([score(said(expert, text.test), text.test) for text in texts.values()])["bits_per_byte"]
         for expert in experts.values()
     )
-    test = general.test.tensors[0][: 16 if smoke else 250]  # type: ignore[union-attr]
+    assert isinstance(general.test, TensorDataset)
+    test = general.test.tensors[0][: 16 if smoke else 250]
     for arm, model in (("large base", large), ("small base", base)):
-        found[arm]["own_text"] = score(said(model, test), test)["bits_per_byte"]
-    return found
+        result[arm]["own_text"] = score(said(model, test), test)["bits_per_byte"]
+    return result
 
 
 def shared(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
