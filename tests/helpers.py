@@ -97,6 +97,8 @@ METHODS: list[type[Distillation]] = [
     and "card" in vars(cls)
     and cls.losses is Distillation.losses
     and cls is not transfuse.distill.TopKD  # it needs more than CLASSES
+    and cls is not transfuse.distill.TinyViT  # it needs stored answers in its data
+    and cls is not transfuse.distill.Swing  # it needs to know which tokens are private
 ]
 """Every method of the family, from its public names, whose step is that of the family: `loss(student, teacher, batch,
 clock)` on the data as it comes. Methods that train their teachers too (`Online`) or make batches of their own (`SLA`)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from proofs.runner import SMOKE_SAMPLES, SMOKE_STEPS, trained
-from proofs.small_text import TEACHER, TRAINING, small_text, student
+from proofs.runner import trained
+from proofs.small_text import TEACHER, small_text, student, trained_arms, windows
 from proofs.study import Numbers, Study
-from transfuse import transfer
 from transfuse.core.batch import Batch, align_tokens
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
@@ -46,25 +43,25 @@ FULL, DRAWS, TOP, LABEL = KD(temperature=1.0, alpha=1.0), RSKD(), TopTwelve("ren
 
 
 @torch.no_grad()
-def calibration(model: nn.Module, windows: Tensor) -> float:
+def calibration(model: nn.Module, text: Tensor) -> float:
     """Expected calibration error of the next byte, 15 bins."""
     logits, labels = [], []
-    for inputs in windows.split(128):
+    for inputs in text.split(128):
         batch = align_tokens(Batch(inputs=inputs))
         logits.append(find_logits(call(model.eval(), inputs))[batch.mask])
         labels.append(batch.labels[batch.mask])
     return expected_calibration_error(torch.cat(logits), torch.cat(labels))
 
 
-def cosine_with_full(arm: Distillation, teacher: nn.Module, windows: Tensor, seed: int) -> float:
+def cosine_with_full(arm: Distillation, teacher: nn.Module, text: Tensor, seed: int) -> float:
     """Cosine between an arm's gradient and that of the whole distribution, by a fresh student's parameters."""
     torch.manual_seed(seed)
-    model, batch = student(), align_tokens(Batch(inputs=windows))
+    model, batch = student(), align_tokens(Batch(inputs=text))
     with torch.no_grad():
-        theirs = Outputs(find_logits(call(teacher.eval(), windows)))
+        theirs = Outputs(find_logits(call(teacher.eval(), text)))
 
     def gradient(method: Distillation) -> Tensor:
-        terms = method.loss(Outputs(find_logits(call(model, windows))), theirs, batch, Clock())
+        terms = method.loss(Outputs(find_logits(call(model, text))), theirs, batch, Clock())
         loss = sum((term.mean for term in terms.values()), torch.tensor(0.0))
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
@@ -73,18 +70,15 @@ def cosine_with_full(arm: Distillation, teacher: nn.Module, windows: Tensor, see
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     """Every arm has the same student and the same order of the data."""
-    splits, teacher = small_text(), trained(TEACHER, smoke)
-    assert isinstance(splits.test, TensorDataset)
-    assert isinstance(splits.train, TensorDataset)
-    windows = splits.test.tensors[0][:SMOKE_SAMPLES] if smoke else splits.test.tensors[0]
-    training: dict[str, Any] = {**TRAINING, "steps": SMOKE_STEPS} if smoke else TRAINING
-    given = {"data": splits.train, "test": windows, "seeds": [seed], "task": "language-model", **training}
-    found: dict[str, Numbers] = {}
-    for arm in (DRAWS, FULL, TOP, LABEL, Labels()):
-        result = transfer(arm, teacher, student, **given)
-        numbers = {**result.arms[0].evaluations[0].metrics, "ece": calibration(result.model, windows)}
-        numbers["cosine"] = cosine_with_full(arm, teacher, splits.train.tensors[0][:64], seed)
-        found["scratch" if isinstance(arm, Labels) else repr(arm)] = numbers
+    teacher, (train, test) = trained(TEACHER, smoke), windows(small_text(), smoke)
+    arms = (DRAWS, FULL, TOP, LABEL, Labels())
+
+    def more(model: nn.Module) -> dict[str, float]:
+        return {"ece": calibration(model, test)}
+
+    found = trained_arms(arms, teacher, student, train, test, seed, smoke, more)
+    for arm, numbers in zip(arms, found.values(), strict=True):
+        numbers["cosine"] = cosine_with_full(arm, teacher, train[:64], seed)
     return found
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from proofs.runner import SMOKE_SAMPLES, SMOKE_STEPS, trained
-from proofs.small_text import TEACHER, TRAINING, small_text, student
+from proofs.runner import trained
+from proofs.small_text import TEACHER, small_text, student, trained_arms, windows
 from proofs.study import Numbers, Study
-from transfuse import transfer
 from transfuse.core.batch import Batch, align_tokens
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
@@ -38,10 +35,10 @@ REVERSE = ReverseKL()
 
 
 @torch.no_grad()
-def entropy_gap(model: nn.Module, teacher: nn.Module, windows: Tensor) -> float:
+def entropy_gap(model: nn.Module, teacher: nn.Module, text: Tensor) -> float:
     """Mean entropy of the model's predictions over the teacher's, in nats per byte."""
     gaps = []
-    for inputs in windows.split(128):
+    for inputs in text.split(128):
         mask = align_tokens(Batch(inputs=inputs)).mask
         ours, theirs = (entropy(find_logits(call(m.eval(), inputs))) for m in (model, teacher))
         gaps.append((ours - theirs)[mask])
@@ -50,18 +47,12 @@ def entropy_gap(model: nn.Module, teacher: nn.Module, windows: Tensor) -> float:
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     """Every arm has the same student and the same order of the data."""
-    splits, teacher = small_text(), trained(TEACHER, smoke)
-    assert isinstance(splits.test, TensorDataset)
-    windows = splits.test.tensors[0][:SMOKE_SAMPLES] if smoke else splits.test.tensors[0]
-    training: dict[str, Any] = {**TRAINING, "steps": SMOKE_STEPS} if smoke else TRAINING
-    given = {"data": splits.train, "test": windows, "seeds": [seed], "task": "language-model", **training}
-    found = {}
-    for arm in (METHOD, LINEAR, FORWARD, REVERSE, Labels()):
-        result = transfer(arm, teacher, student, **given)
-        gap = entropy_gap(result.model, teacher, windows)
-        name = "scratch" if isinstance(arm, Labels) else repr(arm)
-        found[name] = {**result.arms[0].evaluations[0].metrics, "entropy_gap": gap}
-    return found
+    teacher, (train, test) = trained(TEACHER, smoke), windows(small_text(), smoke)
+
+    def more(model: nn.Module) -> dict[str, float]:
+        return {"entropy_gap": entropy_gap(model, teacher, test)}
+
+    return trained_arms((METHOD, LINEAR, FORWARD, REVERSE, Labels()), teacher, student, train, test, seed, smoke, more)
 
 
 PROOF = Study(
@@ -78,4 +69,13 @@ PROOF = Study(
         "entropy gap of reverse KL is the most negative. That TAID beats forward KL may be invisible at this size"
     ),
     seeds=(0, 1, 2),
+    notes=(
+        "Not as expected, and with a reason: 400 updates are few, the student is far from having learnt what it could, "
+        "and a target that is mostly the student's own pulls less. TAID ends 0.05 above scratch and 0.13 above "
+        "forward KL; t reaches the teacher only with the last update. The adaptive schedule and the linear one are the "
+        "same here: a step of rate 5e-4 is smaller than the 1.5e-3 by which the linear floor rises per update, so the "
+        "floor decides. The paper trains for far longer. Reverse KL is worst in NLL, as expected; its entropy gap is "
+        "the lowest of all arms in two of three seeds; all gaps are positive, for every student is less sure than the "
+        "teacher."
+    ),
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch
 from transfuse.core.composition import merged_wants
 from transfuse.core.outputs import call, eager
+from transfuse.core.placement import move
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import Recorded, gives
 from transfuse.core.trainer import Trainer
@@ -52,13 +53,14 @@ def _models(transfer: Transfer, sample: Batch) -> dict[str, Any]:
     found: dict[str, Any] = {}
     wants = merged_wants(arm.method for arm in transfer.arms)
     for role, model in (*transfer.sources.items(), ("target", transfer.build_target(transfer.seeds[0]))):
-        model = model.to(transfer.sync.device)
+        model = move(model, transfer.sync.device)
+        read = sample if role == "target" else sample.for_source()
         names = wants.get(role, [])
         found[role] = {
             "class": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "gives": sorted(gives(model)),
-            "taps": {} if isinstance(model, Recorded) else _taps(model, names, sample.to(transfer.sync.device)),
+            "taps": {} if isinstance(model, Recorded) else _taps(model, names, read.to(transfer.sync.device)),
         }
     return found
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch, line_up
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, eager, find_logits, modes_kept
+from transfuse.core.placement import device_of
 from transfuse.core.streams import Data, Draw
+from transfuse.core.vocabulary import common_classes
 from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence, next_token
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
 
@@ -97,7 +99,7 @@ def evaluate(
     with modes_kept(*models):
         for m in models:
             m.eval()
-        device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        device = device_of(model)
         batches = (
             line_up(batch, task)
             for micro in data.epoch(Draw(batch_size, None, shuffle=False, seed=0), 0)
@@ -160,6 +162,9 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
             positions["accuracy"] = (classes_last(logits).argmax(-1) == batch.labels).float()
         if source is not None:
             theirs = find_logits(call(eager(source), batch.inputs)).float()
+            if task == "language-model" and logits.shape != theirs.shape:
+                common = common_classes(model, source, logits.shape[-1], theirs.shape[-1])
+                logits, theirs = logits[..., :common], theirs[..., :common]
             positions["kl"] = kl_divergence(logits, theirs)
             positions["agreement"] = (classes_last(logits).argmax(-1) == classes_last(theirs).argmax(-1)).float()
         if not positions:

@@ -29,6 +29,7 @@ from transfuse.core.errors import InputError, ShapeError, StoreError, nearest
 from transfuse.core.files import file_name, make_folder, write_atomically
 from transfuse.core.method import Method
 from transfuse.core.outputs import modes_kept
+from transfuse.core.placement import move
 from transfuse.core.streams import Adapt, Data, Indexed, Iterated
 from transfuse.core.sync import sync_for
 from transfuse.core.teacher import Recorded, gives, require
@@ -264,7 +265,7 @@ class Transfer:
             raise InputError(f"unknown validator {self.select!r}: {nearest(str(self.select), (ORACLE, *VALIDATORS))}")
         self._progress = progress
         self._tracking = Tracking(track, name, self.out and self.out / "tracking") if track else None
-        self._used, self._classes = False, 0
+        self._used, self._classes, self._apart = False, 0, False
 
     def check(self) -> dict[str, Any]:
         """A dry run: everything that can go wrong before training does so here, and the rest is estimated.
@@ -335,7 +336,8 @@ class Transfer:
         target = self.build_target(self.seeds[0])
         for role, model in self.sources.items():
             if not isinstance(model, Recorded):
-                first_logits(role, model.to(self.sync.device), sample.to(self.sync.device))
+                first_logits(role, move(model, self.sync.device), sample.for_source().to(self.sync.device))
+        self._apart = sample.for_source() is not sample
         logits = first_logits("target", target.to(self.sync.device), sample.to(self.sync.device))
         self._task, self._classes = self._task or infer_task(sample, logits), logits.shape[1]
         for what, data in (("validate", self.validate), ("test", self.test)):
@@ -383,8 +385,9 @@ class Transfer:
 
     @property
     def _measured_against(self) -> nn.Module | None:
-        """What agreement and held-out divergence are measured against: a source that can be asked anything."""
-        return None if isinstance(self.source, Recorded) else self.source
+        """What agreement and held-out divergence are measured against: a source that can be asked anything, about the
+        same positions."""
+        return None if isinstance(self.source, Recorded) or self._apart else self.source
 
     def _arm(self, entry: str | Method) -> Arm:
         if isinstance(entry, Method):
@@ -622,13 +625,13 @@ class Transfer:
 
     def _measure_source(self) -> Evaluation | None:
         for model in self.sources.values():
-            model.to(self.sync.device)
+            move(model, self.sync.device)
         return self._reference(self.test)
 
     def _facts(self, sample: Batch, reference: Evaluation | None, model: nn.Module) -> Facts:
         inputs = sample.slice(0, 1).to(self.sync.device).inputs
         footprints = {
-            role: None if m is None else footprint(m.to(self.sync.device), inputs)
+            role: None if m is None else footprint(move(m, self.sync.device), inputs)
             for role, m in (("source", self._measured_against), ("target", model))
         }
         classes = self.classes

@@ -1,314 +1,132 @@
+"""Text is written as a loop by hand would write it, with caches and padding or without."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from helpers import VOCABULARY, language_model
-from torch import nn
+from torch import Tensor, nn
 
-from transfuse.core.decoding import Reader, choose, generate, generate_together, left_padded, score
-from transfuse.core.errors import InputError, ShapeError
+from transfuse.core.decoding import choose, generate, sequence_log_probability
+from transfuse.core.errors import InputError
+from transfuse.core.outputs import call
+
+PROMPTS = torch.tensor([[1, 5, 2], [7, 0, 3]])
 
 
-@pytest.fixture(scope="module")
-def llama():
+def by_hand(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
+    for _ in range(count):
+        tokens = torch.cat([tokens, call(model, tokens)[:, -1].argmax(-1, keepdim=True)], 1)
+    return tokens
+
+
+def llama() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=23,
+        vocab_size=VOCABULARY,
         hidden_size=16,
-        intermediate_size=32,
+        intermediate_size=24,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.6,
+        bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(1)
-    config = transformers.GPT2Config(
-        vocab_size=23,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
+def test_the_most_likely_tokens_are_those_of_a_loop_by_hand():
+    model = language_model().train()
+    assert torch.equal(generate(model, PROMPTS, new_tokens=6), by_hand(language_model(), PROMPTS, 6))
+    assert model.training
 
 
-class Wrapped(nn.Module):
-    """The same model as no cache knows it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask=None):
-        positions = None if attention_mask is None else (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.model(input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+def test_a_cache_changes_nothing_and_agrees_with_the_model_s_own():
+    model = llama()
+    found = generate(model, PROMPTS, new_tokens=8)
+    tokens = PROMPTS
+    for _ in range(8):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, tokens)
+    assert torch.equal(found, model.generate(PROMPTS, max_new_tokens=8, do_sample=False, attention_mask=PROMPTS >= 0))
 
 
-def prompts(rows=3, n=5, vocabulary=VOCABULARY, seed=0):
-    return torch.randint(1, vocabulary, (rows, n), generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("build", [language_model, llama])
+def test_padding_on_the_left_changes_nothing(build):
+    model = build()
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), PROMPTS], 1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
+    found = generate(model, padded, mask=mask, new_tokens=5)
+    assert torch.equal(found[:, 3:], generate(model, PROMPTS, new_tokens=5))
 
 
-def padded(tokens, by=3):
-    mask = torch.cat([torch.zeros(len(tokens), by), torch.ones_like(tokens)], 1).long()
-    return torch.cat([tokens.new_zeros(len(tokens), by), tokens], 1), mask
-
-
-def test_greedy_is_the_most_probable_token_each_time():
+def test_a_model_reads_no_more_than_its_context():
     model = language_model()
-    expected = prompts()
-    for _ in range(6):
-        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(generate(model, prompts(), new_tokens=6), expected)
+    assert generate(model, PROMPTS, new_tokens=20).shape == (2, 23)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_cache_changes_nothing_and_hugging_face_says_the_same(name, request):
-    model = request.getfixturevalue(name)
-    tokens = prompts(vocabulary=23)
-    found = generate(model, tokens, new_tokens=8)
-    assert torch.equal(found, generate(Wrapped(model), tokens, new_tokens=8))
-    theirs = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False)
-    assert torch.equal(found, theirs)
-    assert len({tuple(row[5:].tolist()) for row in found}) > 1  # it is not one loop for all
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_cached_reader_reads_one_token_at_a_time(name, request):
-    model = request.getfixturevalue(name).eval()
-    tokens, mask = prompts(vocabulary=23, n=9), torch.ones(3, 9, dtype=torch.bool)
-    whole = Reader(model).logits(tokens, mask)
-    reader, seen = Reader(model), []
-    model.register_forward_pre_hook(
-        hook := lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    with torch.no_grad():
-        for begin, stop in ((0, 4), (4, 5), (5, 9)):
-            logits = reader.read(tokens[:, begin:stop], mask[:, begin:stop])
-            assert torch.allclose(logits, whole[:, stop - 1], atol=1e-5)
-    model._forward_pre_hooks.clear()
-    assert hook and seen == [4, 1, 4]
-
-
-@pytest.mark.parametrize("name", ["plain", "llama", "gpt2", "wrapped"])
-def test_left_padding_changes_nothing(name, request):
-    model = {"plain": language_model}.get(name, lambda: request.getfixturevalue(name.replace("wrapped", "llama")))()
-    model = Wrapped(model) if name == "wrapped" else model
-    long, short = prompts(1, 7), prompts(1, 4, seed=1)
-    tokens = torch.cat([long, padded(short)[0]])
-    mask = torch.cat([torch.ones_like(long), padded(short)[1]])
-    together = generate(model, tokens, new_tokens=6, mask=mask)
-    assert torch.equal(together[0], generate(model, long, new_tokens=6)[0])
-    assert torch.equal(together[1, 3:], generate(model, short, new_tokens=6)[0])
-    assert torch.equal(together[:, :7], tokens)
-
-
-def test_padding_on_the_right_is_refused_and_can_be_moved():
-    tokens, mask = torch.tensor([[1, 2, 0, 0], [3, 4, 5, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
-    with pytest.raises(InputError, match="left_padded"):
-        generate(language_model(), tokens, new_tokens=1, mask=mask)
-    moved, real = left_padded(tokens, mask)
-    assert moved.tolist() == [[0, 0, 1, 2], [0, 3, 4, 5]] and real.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
-    generate(language_model(), moved, new_tokens=1, mask=real)
-
-
-def test_a_model_that_cannot_be_told_of_padding_says_so():
-    model = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY))
-    assert generate(model, prompts(), new_tokens=2).shape == (3, 7)
-    tokens, mask = padded(prompts())
-    with pytest.raises(InputError, match="attention_mask"):
-        generate(model, tokens, new_tokens=2, mask=mask)
-
-
-def test_what_has_a_context_reads_the_last_tokens_of_a_text():
-    model = language_model()  # 16 tokens
-    tokens = prompts(n=20)
-    expected = tokens
-    for _ in range(3):
-        expected = torch.cat([expected, model(expected[:, -16:])[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(generate(model, tokens, new_tokens=3), expected)
-
-
-def test_a_text_that_outgrows_a_hugging_face_model_is_refused_before_anything_is_read(llama):
-    assert generate(llama, prompts(n=30), new_tokens=3).shape == (3, 33)  # the last token is not read
-    with pytest.raises(InputError, match="reads 32 tokens, and these texts grow to 33"):
-        generate(llama, prompts(n=30), new_tokens=4)
-
-
-def test_draws_can_be_repeated_and_follow_the_probabilities():
+def test_an_ended_row_is_filled_up_and_all_ended_rows_end_the_text():
     model = language_model()
-    one, other = (
-        generate(model, prompts(), new_tokens=8, temperature=1.0, generator=torch.Generator().manual_seed(3))
-        for _ in range(2)
-    )
-    assert torch.equal(one, other)
-    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(20000, -1)
-    drawn = choose(logits, 1.0, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
-    assert torch.allclose(drawn, logits[0].exp(), atol=0.015)
-    sharp = choose(logits, 0.5, generator=torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
-    assert torch.allclose(sharp, torch.tensor([1.0, 4, 9, 16]) / 30, atol=0.015)
+    free = generate(model, PROMPTS, new_tokens=6)
+    end = int(free[0, 4])
+    found = generate(model, PROMPTS, new_tokens=6, end=end)
+    at = int((free[0, 3:] == end).nonzero()[0]) + 3
+    assert (found[0, at:] == end).all()
+    assert torch.equal(found[0, : at + 1], free[0, : at + 1])
+    alone = generate(model, PROMPTS[:1], new_tokens=6, end=end)
+    assert alone.shape[1] == at + 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "allowed"),
-    [
-        ({"top_k": 2}, {2, 3}),
-        ({"top_k": 9}, {0, 1, 2, 3}),
-        ({"top_p": 0.39}, {3}),
-        ({"top_p": 0.41}, {2, 3}),
-        ({"top_p": 0.71}, {1, 2, 3}),
-        ({"top_p": 1.0}, {0, 1, 2, 3}),
-        ({"top_k": 3, "top_p": 0.5}, {2, 3}),
-    ],
-)
-def test_top_k_and_top_p_draw_from_these_tokens(settings, allowed):
-    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(500, -1)
-    drawn = choose(logits, 1.0, generator=torch.Generator().manual_seed(0), **settings)
-    assert set(drawn.tolist()) == allowed
+def test_draws_follow_the_generator_and_the_temperature():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, -1)
+    draw = torch.Generator().manual_seed(0)
+    shares = torch.bincount(choose(logits, 2.0, generator=draw), minlength=4) / 20_000
+    assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.02)
+    few = torch.bincount(choose(logits, 1.0, top_k=2, generator=draw), minlength=4) / 20_000
+    assert few.tolist() == pytest.approx([0.731, 0.269, 0, 0], abs=0.02)
+    nucleus = torch.bincount(choose(logits, 1.0, top_p=0.8, generator=draw), minlength=4)
+    assert nucleus[2:].tolist() == [0, 0]
+    assert nucleus[:2].min() > 0
+    drawn = [generate(language_model(), PROMPTS, new_tokens=5, temperature=1.0, generator=g) for g in seeds(3, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_a_row_that_has_ended_is_filled_and_the_others_go_on():
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def test_several_models_write_together():
+    a, b = language_model(0), language_model(1, dim=12)
+    found = generate([a, b], PROMPTS, new_tokens=4, fuse=lambda logits: logits[0] + logits[1])
+    tokens = PROMPTS
+    for _ in range(4):
+        tokens = torch.cat([tokens, (call(a, tokens) + call(b, tokens))[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, tokens)
+    with pytest.raises(InputError, match="2 models need a function fuse"):
+        generate([a, b], PROMPTS, new_tokens=1)
+
+
+def test_the_probability_of_a_sequence_is_that_of_its_tokens():
     model = language_model()
-    free = generate(model, prompts(), new_tokens=8)
-    end = int(free[0, 7])  # the third new token of the first row
-    found = generate(model, prompts(), new_tokens=8, end=end)
-    for row, without in zip(found[:, 5:].tolist(), free[:, 5:].tolist(), strict=True):
-        stop = without.index(end) if end in without else len(without)
-        assert row == without[:stop] + [end] * (8 - stop)
-    assert generate(model, prompts(1), new_tokens=8, end=int(free[0, 5]))[0, 5:].tolist() == [int(free[0, 5])] * 8
+    log_p = call(model, PROMPTS).log_softmax(-1)
+    wanted = [sum(log_p[i, t, PROMPTS[i, t + 1]].item() for t in range(2)) for i in range(2)]
+    assert sequence_log_probability(model, {"input_ids": PROMPTS}).tolist() == pytest.approx(wanted)
 
 
-def test_modes_and_gradients_are_left_alone():
+def test_wrong_prompts_are_refused():
+    class Bare(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.zeros(*tokens.shape, 5)
+
     model = language_model()
-    model.blocks[0].eval()
-    modes = [m.training for m in model.modules()]
-    generate(model, prompts(), new_tokens=2)
-    score(model, prompts(), prompts())
-    assert [m.training for m in model.modules()] == modes and model.training
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_models_in_step_see_the_same_text_and_what_they_say_is_put_together(llama):
-    large, small, tokens = llama, Wrapped(language_model_of(23)), prompts(vocabulary=23)
-    asked = []
-
-    def fuse(logits):
-        asked.append([row.shape for row in logits])
-        return logits[0] + logits[1]
-
-    found = generate_together([large, small.model], fuse, tokens, new_tokens=5)
-    expected = tokens
-    with torch.no_grad():
-        for _ in range(5):
-            both = large(expected).logits[:, -1] + small.model(expected)[:, -1]
-            expected = torch.cat([expected, both.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(found, expected) and asked == [[(3, 23), (3, 23)]] * 5
-
-
-def language_model_of(vocabulary):
-    from transfuse.models import DecoderLM
-
-    torch.manual_seed(2)
-    return DecoderLM(vocabulary, dim=8, depth=1, heads=2, context=16)
-
-
-@pytest.mark.parametrize("name", ["plain", "llama"])
-def test_a_prefix_is_read_by_its_model_alone(name, request):
-    model = language_model() if name == "plain" else request.getfixturevalue("llama")
-    other = language_model_of(23)
-    prefix, (tokens, mask) = torch.tensor([4, 2, 7]), padded(prompts(n=3), 2)
-    seen = []
-    found = generate_together(
-        [model, other],
-        lambda logits: seen.append(logits) or logits[0],
-        tokens,
-        mask=mask,
-        new_tokens=4,
-        prefixes={0: prefix},
-    )
-    whole = torch.cat([prefix.expand(3, -1), tokens[:, 2:]], 1)
-    assert torch.equal(found[:, 5:], generate(model, whole, new_tokens=4)[:, 6:])
-    assert torch.allclose(seen[0][1], other(tokens[:, 2:])[:, -1], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["plain", "llama"])
-def test_scores_are_the_log_probabilities_of_each_token(name, request):
-    model = (language_model() if name == "plain" else request.getfixturevalue("llama")).eval()
-    (tokens, mask), more = padded(prompts(), 2), prompts(n=4, seed=5)
-    counted = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    found = score(model, tokens, more, mask=mask, continuation_mask=counted)
-    for row in range(3):
-        whole = torch.cat([tokens[row, 2:], more[row]])[None]
-        logits = model(whole)
-        expected = (logits.detach() if name == "plain" else logits.logits.detach())[0, 4:-1].log_softmax(-1)
-        for i in range(4):
-            value = float(expected[i, more[row, i]]) if counted[row, i] else 0.0
-            assert float(found[row, i]) == pytest.approx(value, abs=1e-5)
-
-
-def test_adapters_and_learned_prompts_of_peft_decode_as_their_models_do(llama):
-    peft = pytest.importorskip("peft")
-    import copy
-
-    tokens, mask = padded(prompts(vocabulary=23), 2)
-    lora = peft.get_peft_model(
-        copy.deepcopy(llama), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
-    assert Reader(lora).caches
-    found = generate(lora, tokens, new_tokens=5, mask=mask)
-    assert torch.equal(found, generate(Wrapped(lora.base_model.model), tokens, new_tokens=5, mask=mask))
-    prompt = peft.get_peft_model(
-        copy.deepcopy(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
-    assert not Reader(prompt).caches
-    bare = prompts(vocabulary=23)
-    expected = bare
-    with torch.no_grad():
-        for _ in range(4):
-            logits = prompt(input_ids=expected, attention_mask=torch.ones_like(expected)).logits[:, -1]
-            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(generate(prompt, bare, new_tokens=4), expected)
-    assert score(prompt, bare, bare[:, :2]).shape == (3, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"new_tokens": 0}, "new_tokens is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, "at least one token"),
-        ({"tokens": torch.zeros(2, 3)}, "whole numbers"),
-        ({"mask": torch.zeros(3, 5)}, "without any"),
-        ({"mask": torch.ones(3, 4)}, "mask has shape"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(change, message):
-    with pytest.raises(InputError, match=message):
-        generate(language_model(), **{"tokens": prompts(), "new_tokens": 2, **change})
-
-
-def test_scores_need_one_continuation_per_text():
-    with pytest.raises(ShapeError, match="one of at least one token"):
-        score(language_model(), prompts(), prompts(rows=2))
-    with pytest.raises(InputError, match="reads 16 tokens"):
-        score(language_model(), prompts(n=10), prompts(n=10))
-
-
-def test_an_encoder_with_a_decoder_is_refused():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.T5Config(vocab_size=8, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2)
-    with pytest.raises(InputError, match="encoder and a decoder"):
-        Reader(transformers.T5ForConditionalGeneration(config))
+    with pytest.raises(InputError, match="padded on the left"):
+        generate(model, PROMPTS, mask=torch.tensor([[1, 1, 0], [1, 1, 1]]), new_tokens=1)
+    with pytest.raises(InputError, match="cannot tell padding"):
+        generate(Bare(), PROMPTS, mask=torch.tensor([[0, 1, 1], [1, 1, 1]]), new_tokens=1)
+    assert generate(Bare(), PROMPTS, new_tokens=2).shape == (2, 5)
+    with pytest.raises(InputError, match="at least one token"):
+        generate(model, PROMPTS[:, :0], new_tokens=1)

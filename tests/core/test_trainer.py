@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CNN, METHODS, batch, digest, first_gradients, images, language_model, make, trainer
+from helpers import CNN, batch, digest, first_gradients, images, language_model, make, trainer
+from helpers import METHODS as ALL
 from torch import Tensor, nn
 
 from transfuse.core.clock import Clock, Linear
@@ -25,6 +26,9 @@ from transfuse.core.teacher import LogitsTeacher, as_teacher, require
 from transfuse.core.training import Training
 from transfuse.distill import KD, RKD, Distillation, Hints, Labels
 from transfuse.losses import Term
+
+METHODS = [cls for cls in ALL if "classification" in cls.card.tasks]
+"""Those that images can be learned with."""
 
 
 def pair(**options: Any) -> tuple[CNN, CNN]:

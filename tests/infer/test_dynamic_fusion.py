@@ -69,7 +69,7 @@ def test_an_expert_that_has_not_moved_moves_nothing(constant):
     assert torch.equal(fused.alpha, torch.zeros(6, 1)) and torch.equal(fused.logits, large)
 
 
-@pytest.mark.parametrize("search", ["one-expert", "box"])
+@pytest.mark.parametrize("search", ["one", "joint"])
 def test_constants_on_the_logits_of_a_model_change_nothing(search):
     large, base, *experts = (draws(4, V, seed=i) for i in range(4))
     one = DynamicFusion(search).fuse(large, base, experts)
@@ -102,7 +102,7 @@ def test_both_divergences_grow_with_alpha():
     assert bool((steps[1:] > steps[:-1]).all())
 
 
-@pytest.mark.parametrize(("search", "count"), [("one-expert", 3), ("box", 2)])
+@pytest.mark.parametrize(("search", "count"), [("one", 3), ("joint", 2)])
 def test_experts_in_another_order_have_their_weights_in_that_order(search, count):
     large, base, *experts = (draws(40, V, seed=i) for i in range(2 + count))
     one = DynamicFusion(search).fuse(large, base, experts).alpha
@@ -112,7 +112,7 @@ def test_experts_in_another_order_have_their_weights_in_that_order(search, count
 
 def test_the_order_of_many_experts_does_not_matter_to_how_good_the_box_is():
     large, base, *experts = (draws(40, V, seed=i) for i in range(5))
-    one, other = (DynamicFusion("box").fuse(large, base, e).alpha for e in (experts, experts[::-1]))
+    one, other = (DynamicFusion("joint").fuse(large, base, e).alpha for e in (experts, experts[::-1]))
     moves = moves_of(large, base, experts)
     values = [moves.objective(moves.total(alpha)) for alpha in (one, other.flip(1))]
     assert torch.allclose(*values, atol=1e-9)
@@ -120,7 +120,7 @@ def test_the_order_of_many_experts_does_not_matter_to_how_good_the_box_is():
 
 def test_one_expert_per_step_is_the_best_single_one_and_the_box_is_at_least_as_good():
     large, base, *experts = (draws(20, V, seed=i) for i in range(4))
-    single, box = (DynamicFusion(search).fuse(large, base, experts).alpha for search in ("one-expert", "box"))
+    single, box = (DynamicFusion(search).fuse(large, base, experts).alpha for search in ("one", "joint"))
     assert bool(((single > 0).sum(1) <= 1).all()) and bool(((box > 0).sum(1) == 2).any())
     pairs = torch.cartesian_prod(*[torch.arange(41, dtype=torch.float64) / 20] * 2)
     moves = moves_of(large, base, experts)
@@ -136,7 +136,7 @@ def test_one_expert_per_step_is_the_best_single_one_and_the_box_is_at_least_as_g
         assert values == pytest.approx([float(moves.objective(moves.total(x))[row]) for x in (box, single)], abs=1e-9)
 
 
-@pytest.mark.parametrize("search", ["one-expert", "box"])
+@pytest.mark.parametrize("search", ["one", "joint"])
 def test_weights_stay_in_their_box_however_far_experts_have_moved(search):
     large, base = draws(10, V), draws(10, V, seed=1)
     alpha = DynamicFusion(search).fuse(large / 9, base, [10 * base, base + draws(10, V, seed=2, scale=20)]).alpha
@@ -215,8 +215,8 @@ def test_static_weights_are_one_for_all_or_one_for_each():
         StaticFusion([1, 2, 3]).fuse(large, base, experts)
     with pytest.raises(InputError, match="finite"):
         StaticFusion(math.nan)
-    with pytest.raises(InputError, match="did you mean 'box'"):
-        DynamicFusion("boxes")
+    with pytest.raises(InputError, match="must be 'one'"):
+        DynamicFusion("all")
 
 
 # Models ----------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_static_weights_are_one_for_all_or_one_for_each():
 
 def fused_of(method=None, experts=1, seed=0):
     tuned = {f"tuned{i}": language_model(seed + 2 + i) for i in range(experts)}
-    return FusedModel(method or DynamicFusion(), language_model(seed, dim=16, depth=2), language_model(seed + 1), tuned)
+    return FusedModel(language_model(seed, dim=16, depth=2), language_model(seed + 1), tuned, method or DynamicFusion())
 
 
 def test_decoding_is_reading_token_by_token():
@@ -272,7 +272,7 @@ def test_models_with_different_vocabularies_are_refused_and_padded_ones_cut():
             return torch.cat([logits, 50 + logits[..., : self.extra]], -1)
 
     tokens, plain = ragged_tokens(3)["input_ids"], fused_of()
-    padded = FusedModel(plain.method, Wide(plain.large, 3), Wide(plain.base, 1), {"tuned": Wide(plain.experts[0], 1)})
+    padded = FusedModel(Wide(plain.large, 3), Wide(plain.base, 1), [Wide(plain.experts[0], 1)], plain.method)
     with pytest.raises(VocabularyError, match="the large model has 14 outputs, the base 12"):
         padded(tokens)
     for part in (padded.large, padded.base, *padded.experts):
@@ -280,7 +280,7 @@ def test_models_with_different_vocabularies_are_refused_and_padded_ones_cut():
     cut = padded.read(tokens)
     assert cut.logits.shape[-1] == 12  # ids beyond the tokenizers' are nobody's, but the models agree on one
     padded.base.tokenizer = [f"t{i}" for i in range(VOCABULARY - 1)] + ["other"]
-    other = FusedModel(plain.method, padded.large, padded.base, {"tuned": padded.experts[0]})
+    other = FusedModel(padded.large, padded.base, padded.experts, plain.method)
     with pytest.raises(VocabularyError, match="the large model and the base mean different tokens by the same ids"):
         other(tokens)
 
@@ -304,7 +304,7 @@ def test_inside_transformers_generate_it_says_the_same():
         )
         return transformers.LlamaForCausalLM(config).eval()
 
-    model = FusedModel(DynamicFusion(), llama(0, 32), llama(1), {"tuned": llama(2)})
+    model = FusedModel(llama(0, 32), llama(1), [llama(2)], DynamicFusion())
     tokens, mask = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ours = model.decode(tokens, mask=mask, new_tokens=6)
     lengths = Counter()

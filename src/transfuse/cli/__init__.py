@@ -285,6 +285,38 @@ def new(
     say(out, f"Wrote {file}. Next: transfuse check {file}, then transfuse run {file}")
 
 
+@app.command()
+def chat(
+    student: Annotated[
+        Path,
+        typer.Argument(metavar="STUDENT", help="The folder of a run, or of a Hugging Face model.", show_default=False),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Answer this, and end; without it you are asked.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="What the model reads: bytes, smollm2 or a Hugging Face folder; by default its own."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 says the most likely; 1 draws.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Continue the text, without a chat template.")] = False,
+) -> None:
+    """Talk to a language model that a run has trained.
+
+    Example:
+
+        transfuse chat runs/smollm2 --prompt "What is a list comprehension?"
+        transfuse chat runs/smollm2
+
+    The chat template of its tokenizer is used where there is one, and an answer ends with its end token. An empty
+    line or Ctrl-D ends the conversation.
+    """
+    from transfuse.cli.conversation import Conversation
+
+    talk = Conversation(student, tokenizer, plain, max_new_tokens, temperature, seed)
+    talk.answer(prompt) if prompt is not None else talk.converse()
+
+
 def _run(recipe: Any, resume: bool, quiet: bool, as_json: bool) -> None:
     from transfuse.progress import Progress
 

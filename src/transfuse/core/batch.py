@@ -25,6 +25,7 @@ class Batch(dict[str, Any]):
         index: `(batch,)` ids in the root data set, through any `Subset`.
         mask: which positions of the logits count, for token-wise data; None counts all.
         domain, task: `(batch,)` ids where the data has several.
+        source: inputs of the source's own, a mapping, where it reads the same samples in another form.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -58,6 +59,10 @@ class Batch(dict[str, Any]):
     def take(self, rows: Tensor) -> Batch:
         """The samples of these rows, in their order."""
         return Batch(_map(self, lambda t: t[rows] if t.dim() else t))
+
+    def for_source(self) -> Batch:
+        """What the source reads: the same, unless the batch has inputs of its own for it, as `source`."""
+        return Batch(self, inputs=self["source"]) if isinstance(self.get("source"), Mapping) else self
 
     def without_labels(self) -> Batch:
         """The same batch for those who must not see its labels."""
@@ -148,6 +153,8 @@ def align_tokens(batch: Batch) -> Batch:
     tokens = token_ids(batch)
     labels = tokens if batch.labels is None else batch.labels
     padding = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    if padding is not None and padding.dim() > 2:  # who may look at whom; such data says by labels what counts
+        padding = None
     for mask in (padding, batch.mask):
         if mask is not None:
             labels = labels.masked_fill(~mask.bool(), IGNORE)

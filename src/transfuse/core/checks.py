@@ -86,8 +86,9 @@ class Frozen:
 
 
 def fingerprint(module: nn.Module) -> dict[str, int]:
-    """A sum over the bits of every parameter and buffer."""
-    return {name: _bits(t) for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    """A sum over the bits of every parameter and buffer that is in memory."""
+    state = module.state_dict(keep_vars=True)
+    return {name: _bits(t) for name, t in state.items() if isinstance(t, Tensor) and not t.is_meta}
 
 
 def _bits(tensor: Tensor) -> int:

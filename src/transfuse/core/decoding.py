@@ -13,156 +13,96 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.batch import Batch, align_tokens
 from transfuse.core.errors import InputError, ShapeError
-from transfuse.core.outputs import eager, find_logits, full_precision, modes_kept
+from transfuse.core.outputs import call, eager, find_logits, full_precision, modes_kept
+from transfuse.losses.supervised import cross_entropy
 
 Fuse = Callable[[list[Tensor]], Tensor]
-"""From the next-token logits of every model, `(batch, its vocabulary)`, to those that the next token is drawn from."""
-
-
-def generate(
-    model: nn.Module,
-    tokens: Tensor,
-    *,
-    new_tokens: int,
-    mask: Tensor | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    end: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue texts, in eval mode and without gradients; the model is left in the mode it was in.
-
-    Args:
-        model: gives logits `(batch, tokens, vocabulary)`.
-        tokens: `(batch, n)` int64, padded on the left or not at all, see :func:`left_padded`.
-        new_tokens: how many to add to every row.
-        mask: `(batch, n)`, 1 at real tokens, 0 at padding; None: no padding. Padding changes nothing.
-        temperature: logits are divided by it; 0 takes the most probable token.
-        top_k: draw from the k most probable tokens only.
-        top_p: draw from the fewest tokens that hold this share of the probability.
-        end: a row that has drawn this token is filled with it.
-        generator: of the draws; None takes torch's own.
-
-    Returns:
-        `(batch, n + new_tokens)`, the prompts first.
-
-    Raises:
-        InputError: an argument out of range, a prompt without tokens or padded on the right, a text longer than the
-            model can read.
-    """
-    return generate_together(
-        [model],
-        lambda logits: logits[0],
-        tokens,
-        new_tokens=new_tokens,
-        mask=mask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        end=end,
-        generator=generator,
-    )
+"""From the logits of every model, `(batch, vocabulary)`, to those that are drawn from."""
 
 
 @torch.no_grad()
-def generate_together(
-    models: Sequence[nn.Module],
-    fuse: Fuse,
+def generate(
+    models: nn.Module | Sequence[nn.Module],
     tokens: Tensor,
     *,
     new_tokens: int,
     mask: Tensor | None = None,
-    prefixes: Mapping[int, Tensor] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     end: int | None = None,
     generator: torch.Generator | None = None,
+    fuse: Fuse | None = None,
+    prefixes: Mapping[int, Tensor] | None = None,
+    each: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Continue texts with several models that read the same tokens in step, each with a cache of its own.
+    """Continue prompts, in eval mode and without gradients; models are left in the mode they were in.
 
     Args:
-        models: any number of them.
-        fuse: called once per new token with the logits of all models, in float32, on the device of `tokens`.
-        prefixes: by a model's number, tokens `(m,)` that this model alone reads before the prompts.
-        tokens, new_tokens, mask, temperature, top_k, top_p, end, generator: as for :func:`generate`.
+        models: one, or several that read the same tokens in step, each with a cache of its own, with `fuse`.
+        tokens: `(batch, n)` ids; shorter prompts are padded on the left, see :func:`left_padded`.
+        new_tokens: how many to add to every row.
+        mask: `(batch, n)`, 0 at padding; None for none. Padding changes nothing.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k, top_p: draw among the k most likely tokens; among the fewest that hold this share of the mass.
+        end: a row is finished with this token, and filled up with it.
+        generator: of what is drawn; None takes torch's own.
+        fuse: called at every step with the logits of all models, in float32, on the device of `tokens`.
+        prefixes: by a model's number, tokens `(m,)` that it alone reads before the prompts.
+        each: called with every new column, `(batch,)`, for showing text while it is written.
 
     Returns:
-        `(batch, n + new_tokens)`, the prompts first, without prefixes.
+        `(batch, n + new_tokens)`, the prompts first and without prefixes, or less where every row has ended.
 
     Raises:
-        InputError: as :func:`generate`.
+        InputError: an argument out of range, a prompt without tokens or padded on the right, a text longer than a model
+            can read.
     """
+    several = list(models) if isinstance(models, Sequence) else [models]
+    if (fuse is None) != (len(several) == 1):
+        needs = "one model needs no fuse" if fuse else f"{len(several)} models need a function fuse for their logits"
+        raise InputError(f"{needs}: give several models and fuse, or one model")
     real = _require_prompts(tokens, mask)
     _require_settings(new_tokens, temperature, top_k, top_p)
-    before = [(prefixes or {}).get(i, tokens.new_empty(0)) for i in range(len(models))]
-    readers = [Reader(model) for model in models]
-    longest = int(real.sum(1).max()) + new_tokens - 1
+    readers, longest = [Reader(model) for model in several], int(real.sum(1).max()) + new_tokens - 1
+    before = [(prefixes or {}).get(i, tokens.new_empty(0)).to(tokens.device) for i in range(len(several))]
     for reader, prefix in zip(readers, before, strict=True):
         reader.require_length(longest + len(prefix))
-    done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    new = tokens.new_full((len(tokens), new_tokens), 0 if end is None else end)
-    with modes_kept(*models):
-        for model in models:
+    given = [torch.cat([prefix.expand(len(tokens), -1), tokens], 1) for prefix in before]
+    seen = [torch.cat([real.new_ones(len(tokens), len(prefix)), real], 1) for prefix in before]
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    with modes_kept(*several):
+        for model in several:
             model.eval()
-        prompts = [torch.cat([prefix.expand(len(tokens), -1), tokens], 1) for prefix in before]
-        masks = [torch.cat([real.new_ones(len(tokens), len(prefix)), real], 1) for prefix in before]
-        for i in range(new_tokens):
-            logits = fuse([r.read(t, m) for r, t, m in zip(readers, prompts, masks, strict=True)])
-            drawn = choose(logits, temperature, top_k, top_p, generator)
-            new[:, i] = drawn if end is None else drawn.masked_fill(done, end)
+        for _ in range(new_tokens):
+            logits = [reader.read(*text) for reader, *text in zip(readers, given, seen, strict=True)]
+            chosen = choose(fuse(logits) if fuse else logits[0], temperature, top_k, top_p, generator)
             if end is not None:
-                done |= drawn == end
-                if bool(done.all()):
-                    break
-            prompts = [new[:, i : i + 1]] * len(models)
-            masks = [torch.ones_like(new[:, i : i + 1], dtype=torch.bool)] * len(models)
-    return torch.cat([tokens, new], 1)
+                chosen = chosen.masked_fill(ended, end)
+                ended |= chosen == end
+            tokens = torch.cat([tokens, chosen[:, None]], 1)
+            given, seen = ([column] * len(several) for column in (chosen[:, None], torch.ones_like(ended)[:, None]))
+            if each:
+                each(chosen)
+            if end is not None and bool(ended.all()):
+                break
+    return tokens
 
 
 @torch.no_grad()
-def score(
-    model: nn.Module,
-    tokens: Tensor,
-    continuations: Tensor,
-    *,
-    mask: Tensor | None = None,
-    continuation_mask: Tensor | None = None,
-) -> Tensor:
-    """How probable a model finds continuations of texts, in one pass over both.
+def sequence_log_probability(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
+    """Log-probability of each sequence, summed over its scored tokens, `(batch,)`.
 
     Args:
-        tokens, mask: the texts, as for :func:`generate`.
-        continuations: `(batch, m)` int64, padded on the right or not at all; `continuation_mask` is 1 at real tokens.
-
-    Returns:
-        `(batch, m)` log-probability of each token of the continuations, in nats; 0 at padding. Sum over a row for the
-        probability of a continuation, or take the mean over its tokens to compare some of different length.
-
-    Raises:
-        InputError: as :func:`generate`; ShapeError: not one continuation per text.
+        inputs: `input_ids` and perhaps `attention_mask`, `(batch, tokens)`.
+        labels: `(batch, tokens)`, -100 where a token is not scored; by default all but the first and padding are.
     """
-    real = _require_prompts(tokens, mask)
-    if continuations.dim() != 2 or len(continuations) != len(tokens) or not continuations.shape[1]:
-        raise ShapeError(
-            f"continuations have shape {tuple(continuations.shape)}: expected one of at least one token for each of "
-            f"the {len(tokens)} texts, (texts, tokens)"
-        )
-    counted = torch.ones_like(continuations) if continuation_mask is None else continuation_mask
-    if counted.shape != continuations.shape:
-        raise ShapeError(f"continuation_mask has shape {tuple(counted.shape)}, continuations {continuations.shape}")
-    count = continuations.shape[1]
-    whole = torch.cat([tokens, continuations], 1)[:, :-1]
-    seen = torch.cat([real, counted.bool()], 1)[:, :-1]
-    reader = Reader(model)
-    reader.require_length(int(seen.sum(1).max()), windows=False)
+    batch = align_tokens(Batch(inputs=inputs) if labels is None else Batch(inputs=inputs, labels=labels))
     with modes_kept(model):
-        model.eval()
-        logits = reader.logits(whole, seen, last=count)
-    found = logits.log_softmax(-1).gather(-1, continuations[..., None]).squeeze(-1)
-    return found.where(counted.bool(), 0)
+        logits = full_precision(find_logits(call(model.eval(), inputs)))
+    return -cross_entropy(logits, batch.labels).sum(1)
 
 
 def left_padded(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,20 +162,14 @@ class Reader:
         self._tokens: Tensor | None = None
         self._mask: Tensor | None = None
 
-    def require_length(self, length: int, windows: bool = True) -> None:
-        """The model can read so many tokens.
-
-        Args:
-            windows: whether the last `context` tokens would do.
+    def require_length(self, length: int) -> None:
+        """The model can read so many tokens, or reads the last `context` of them.
 
         Raises:
             InputError: it cannot.
         """
-        limit = None
-        if self._config is not None:
-            limit = getattr(self._config.get_text_config(), "max_position_embeddings", None)
-        elif not windows:
-            limit = getattr(self.model, "context", None)
+        config = None if self._config is None else self._config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise InputError(
                 f"{type(self.model).__name__} reads {limit} tokens, and these texts grow to {length}: cut the prompts, "
@@ -254,18 +188,17 @@ class Reader:
         seen = mask if self._mask is None else torch.cat([self._mask, mask], 1)
         self._mask = seen
         if self.caches:
-            return self._forward(tokens, seen, last=1, keep=True)[:, -1].to(tokens.device)
+            return self._forward(tokens, seen, 1, keep=True)[:, -1].to(tokens.device)
         self._tokens = tokens if self._tokens is None else torch.cat([self._tokens, tokens], 1)
         window = slice(-getattr(self.model, "context", seen.shape[1]), None)
-        return self._forward(self._tokens[:, window], seen[:, window], last=1)[:, -1].to(tokens.device)
+        return self._forward(self._tokens[:, window], seen[:, window], 1)[:, -1].to(tokens.device)
 
-    def logits(self, tokens: Tensor, mask: Tensor, last: int | None = None) -> Tensor:
-        """Logits of whole texts, `(batch, tokens, vocabulary)` in float32, or those of the last positions."""
-        return self._forward(tokens, mask, last).to(tokens.device)
+    def logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Logits of whole texts, `(batch, tokens, vocabulary)` in float32."""
+        return self._forward(tokens, mask, tokens.shape[1]).to(tokens.device)
 
-    def _forward(self, tokens: Tensor, seen: Tensor, last: int | None, keep: bool = False) -> Tensor:
-        """Logits of the last positions of `tokens`, which end a text whose mask is `seen`."""
-        count = tokens.shape[1] if last is None else last
+    def _forward(self, tokens: Tensor, seen: Tensor, count: int, keep: bool = False) -> Tensor:
+        """Logits of the last `count` positions of `tokens`, which end a text whose mask is `seen`."""
         device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), tokens.device)
         tokens, seen = tokens.to(device), seen.to(device)
         if self._config is None:
@@ -288,8 +221,8 @@ class Reader:
         parameters = self._parameters
         if "attention_mask" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(
-                f"these texts are padded, and {type(self.model).__name__}.forward has no attention_mask to be told so: "
-                "give texts of one length, or one at a time"
+                f"{type(self.model).__name__} has no attention_mask, so it cannot tell padding from text: give prompts "
+                "of one length, or one at a time"
             )
         return self.model(tokens, attention_mask=seen.long())
 

@@ -57,7 +57,11 @@ def left_out(layer: nn.Linear | None) -> Iterator[list[Projection]]:
         kind, given = hidden.device.type, hidden
         if torch.is_autocast_enabled(kind):  # as the layer would have done
             given = hidden.to(torch.get_autocast_dtype(kind))
-        found.append(Projection(given, layer.weight, layer.bias))
+        weight: Tensor = layer.weight
+        bias: Tensor | None = layer.bias
+        if not torch.is_grad_enabled():  # the product is taken later, where gradients may be on: it must not learn then
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        found.append(Projection(given, weight, bias))
         return hidden
 
     layer.forward = forward  # type: ignore[method-assign, assignment]

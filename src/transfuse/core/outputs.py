@@ -58,6 +58,17 @@ class Outputs:
             self.raw = self.raw.dense()
         return full_precision(find_logits(self.raw))
 
+    def logits_at(self, mask: Tensor | None) -> Tensor:
+        """The logits in float32 of the positions that count, `(rows, classes)`; no others are computed.
+
+        Args:
+            mask: `(batch,)` or `(batch, tokens)`; None counts all.
+        """
+        if isinstance(self.raw, Projection):
+            hidden = self.raw.hidden.flatten(0, -2) if mask is None else self.raw.hidden[mask]
+            return full_precision(Projection(hidden, self.raw.weight, self.raw.bias).dense())
+        return self.logits.flatten(0, -2) if mask is None else self.logits[mask]
+
     @property
     def scores(self) -> Target:
         """What :func:`transfuse.losses.match` takes: logits, or what stands for them and is cheaper."""

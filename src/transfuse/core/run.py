@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transfuse.core import rng
 from transfuse.core.batch import Batch
 from transfuse.core.clock import Clock
+from transfuse.core.decoding import generate
 from transfuse.core.errors import InputError, MethodError, nearest
 from transfuse.core.output_layer import find_output_layer, left_out
 from transfuse.core.outputs import Features, Outputs, call, full_precision
@@ -132,6 +133,16 @@ class Run:
             raw = projections[-1]
         outputs = Outputs(raw, Features({name: _full_precision(value) for name, value in features.items()}))
         return self._shuffle(outputs) if self.shuffled and role in self.sources and not own else outputs
+
+    def generate(self, role: str, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Let a language model continue prompts, without a graph and in eval mode, from the run's random numbers.
+
+        Args:
+            tokens, mask: prompts `(batch, n)`, padded on the left, and where they are real.
+            options: of :func:`transfuse.core.decoding.generate`.
+        """
+        with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
+            return generate(self[role], tokens, mask=mask, **options)
 
     def shown(self, role: str, outputs: Outputs) -> Outputs:
         """What a network that learns shows to others: its outputs without a graph; in the control arm a source's

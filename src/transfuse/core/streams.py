@@ -455,14 +455,21 @@ def _as_tensors(value: Any) -> dict[str, Any] | None:
         if len(value) == 2 and len(value[0]) != len(value[1]):
             raise InputError(f"{len(value[0])} inputs but {len(value[1])} labels")
         return dict(zip(("inputs", "labels"), value, strict=False))
-    inner = value.get("inputs") if isinstance(value, Mapping) else None
-    columns = {**{k: v for k, v in value.items() if v is not inner}, **inner} if isinstance(inner, Mapping) else value
+    columns = _flat(value) if isinstance(value, Mapping) and "inputs" in value else value
     if isinstance(columns, Mapping) and columns and all(isinstance(v, Tensor) for v in columns.values()):
         sizes = {k: len(v) for k, v in columns.items()}
         if len(set(sizes.values())) > 1:
             raise InputError(f"tensors of one data set differ in length: {sizes}")
         return dict(Batch.of(value))
     return None
+
+
+def _flat(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns by name, those of mappings among them (inputs, and inputs of the source's own) each by its own."""
+    found: dict[str, Any] = {}
+    for name, value in columns.items():
+        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _rows(value: Any, ids: Tensor) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch
 from transfuse.core.errors import CapabilityError, InputError, VocabularyError
 from transfuse.core.outputs import Outputs
+from transfuse.core.vocabulary import UNKNOWN
 from transfuse.losses.scores import Target
 
 GIVES = {"full", "features", "topk", "sampled", "text"}
@@ -89,8 +90,13 @@ def same_classes(student: Target, teacher: Target) -> None:
     """
     axis = 1 if len(student.shape) == 4 else -1
     if student.shape[axis] != teacher.shape[axis]:
-        raise VocabularyError(
+        found = (
             f"the target has {student.shape[axis]} classes (logits {tuple(student.shape)}), the source has "
-            f"{teacher.shape[axis]} (logits {tuple(teacher.shape)}): logit methods need the same ones in the same "
+            f"{teacher.shape[axis]} (logits {tuple(teacher.shape)})"
+        )
+        if len(student.shape) == 3:
+            raise VocabularyError(f"{found}, and {UNKNOWN}")
+        raise VocabularyError(
+            f"{found}: logit methods need the same ones in the same "
             "order. Match features instead (Hints, AttentionTransfer, RKD), or give both the same head"
         )

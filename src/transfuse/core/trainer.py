@@ -28,6 +28,7 @@ from transfuse.core.errors import DivergenceError, InputError, MethodError, Stor
 from transfuse.core.interruption import Interrupted, Interruption
 from transfuse.core.method import Method
 from transfuse.core.phases import Losses, Observe, Phase, Stage
+from transfuse.core.placement import held, move
 from transfuse.core.run import Run
 from transfuse.core.streams import Cursor, Data, Draw, Stream
 from transfuse.core.sync import Sync
@@ -189,8 +190,8 @@ class Trainer:
 
     def _start(self, resume: bool) -> None:
         for model in self.run.roles.values():
-            model.to(self.run.device)
-            self.sync.broadcast(t.data for t in (*model.parameters(), *model.buffers()))
+            move(model, self.run.device)
+            self.sync.broadcast(t.data for t in held(model))
         self._frozen = checks.Frozen(self.run.roles)
         if self.training.ema is not None:
             self.average = AveragedModel(self.run["target"], multi_avg_fn=get_ema_multi_avg_fn(self.training.ema))

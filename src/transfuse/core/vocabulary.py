@@ -1,20 +1,33 @@
 """Whether two language models mean the same tokens, by the bytes of their tokens and never by position alone.
 
 A model says what its ids mean by an attribute `tokenizer`: one of Hugging Face's or of `tokenizers`, a mapping from
-tokens to ids, or a list of bytes by id.
+tokens to ids, or a list of bytes by id (:data:`BYTES` for a model that reads bytes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice, zip_longest
 from typing import Any, Literal
 
 from transfuse.core.errors import InputError, VocabularyError
+from transfuse.core.outputs import Outputs
+from transfuse.losses.scores import Projection, Sampled, TopK
 
-OTHERS = "ByteSpanKD (aligned spans of bytes), SortedLogitsKD (sorted probabilities), SeqKD (the teacher's text)"
+BYTES = tuple(bytes([i]) for i in range(256))
+"""The vocabulary of a model that reads bytes."""
+
+OTHERS = (
+    "ByteSpanKD (aligned spans of bytes), SortedLogitsKD (sorted probabilities), or Labels on texts that the teacher "
+    "wrote (what SeqKD does where tokens are the same)"
+)
 """What works where tokens differ."""
+UNKNOWN = (
+    "what their ids mean is not known. If only an output layer is padded, set `model.tokenizer` on both models: the "
+    f"bytes of their tokens are compared, and both are cut to the ids they share. For different tokens use {OTHERS}"
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,11 @@ def compare(student: Any, teacher: Any, student_classes: int, teacher_classes: i
                 f"the tokenizer of the {side} has ids up to {len(tokens) - 1}, its model {classes} outputs: resize the "
                 "model's embeddings, or give it its own tokenizer"
             )
-    longest = max(len(ours), len(theirs))
-    pairs = [(tokens[i] if i < len(tokens) else None) for tokens in (ours, theirs) for i in range(longest)]
-    differing = [(i, a, b) for i, (a, b) in enumerate(zip(pairs[:longest], pairs[longest:], strict=True)) if a != b]
-    if differing:
-        return Relation("different", differing[0][0], tuple(differing[:5]))
+    if ours != theirs:  # asked for every token that is generated, and lists compare fast
+        pairs = enumerate(zip_longest(ours, theirs))
+        differing = tuple(islice(((i, a, b) for i, (a, b) in pairs if a != b), 5))
+        if differing:
+            return Relation("different", differing[0][0], differing)
     kind: Literal["identical", "padded"] = "identical" if student_classes == teacher_classes else "padded"
     return Relation(kind, min(student_classes, teacher_classes))
 
@@ -60,29 +73,43 @@ def compare(student: Any, teacher: Any, student_classes: int, teacher_classes: i
 def common_classes(student: Any, teacher: Any, student_classes: int, teacher_classes: int) -> int:
     """How many classes two language models share, from 0 on, so that their logits can be compared.
 
+    Where a model does not say what its ids mean, equal numbers are taken to be the same tokens.
+
     Args:
         student, teacher: the models, or stores; their `tokenizer` is read where they have one.
 
     Raises:
-        VocabularyError: they mean different tokens, or it cannot be known and their numbers differ.
+        VocabularyError: they mean different tokens, or their numbers differ and it cannot be known why.
     """
     ours, theirs = getattr(student, "tokenizer", None), getattr(teacher, "tokenizer", None)
     if ours is None or theirs is None:
         if student_classes == teacher_classes:
             return student_classes
         raise VocabularyError(
-            f"the target has {student_classes} classes, the source {teacher_classes}, and what their ids mean is not "
-            "known: set `model.tokenizer` on both, so that the bytes of their tokens can be compared. If only the head "
-            f"is padded they will be cut to what they share. For different tokens use {OTHERS}"
+            f"the target has {student_classes} classes, the source has {teacher_classes}, and {UNKNOWN}"
         )
     relation = compare(ours, theirs, student_classes, teacher_classes)
     if relation.kind == "different":
         shown = "; ".join(f"{i}: {a!r} in the target, {b!r} in the source" for i, a, b in relation.differing)
         raise VocabularyError(
-            f"target and source mean different tokens by the same ids ({shown}), so their logits cannot be compared. "
-            f"Methods that work: {OTHERS}"
+            f"target and source mean different tokens by the same ids ({shown}), so their logits cannot be compared, "
+            f"nor can one read what the other reads. Methods that work: {OTHERS}"
         )
     return relation.common
+
+
+def cut(outputs: Outputs, classes: int) -> Outputs:
+    """The same with the first classes alone; of logits that have not been computed, the rest never will be."""
+    raw = outputs.raw
+    if isinstance(raw, TopK | Sampled):  # what lies beyond cannot be taken out of what was kept
+        return outputs
+    if isinstance(raw, Projection):
+        if raw.shape[-1] == classes:
+            return outputs
+        bias = None if raw.bias is None else raw.bias[:classes]
+        return Outputs(replace(raw, weight=raw.weight[:classes], bias=bias), outputs.features)
+    logits = outputs.logits
+    return outputs if logits.shape[-1] == classes else Outputs(logits[..., :classes], outputs.features)
 
 
 def token_bytes(tokenizer: Any) -> Sequence[bytes | None]:
@@ -109,8 +136,8 @@ def _read(tokenizer: Any) -> Sequence[bytes | None]:
     described = backend.to_str() if hasattr(backend, "to_str") else ""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     special = {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
-    if '"ByteLevel"' in described:
-        table = _byte_level()
+    table = _byte_level()
+    if '"ByteLevel"' in described or table.keys() <= vocabulary.keys():
         read = {t: bytes(table[c] for c in t) if all(c in table for c in t) else t.encode() for t in vocabulary}
     else:
         pieces = any(t.startswith("▁") for t in vocabulary)  # of SentencePiece, which marks a space so

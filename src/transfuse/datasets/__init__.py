@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from transfuse.core.registry import call_named
+from transfuse.datasets.augment import crop_flip_erase
+from transfuse.datasets.chat import chat
 from transfuse.datasets.digits import digits
 from transfuse.datasets.documents import documents
 from transfuse.datasets.fashion import fashion_mnist
@@ -29,6 +31,8 @@ from transfuse.datasets.glyphs import draw, glyph_domains, glyph_tasks, glyphs
 from transfuse.datasets.hub import hf_dataset
 from transfuse.datasets.messages import messages
 from transfuse.datasets.noise import noise, noise_sweep, permuted_classes
+from transfuse.datasets.packing import Packed
+from transfuse.datasets.paired import paired_tokens
 from transfuse.datasets.partition import dirichlet
 from transfuse.datasets.splits import Splits
 from transfuse.datasets.table import table
@@ -36,8 +40,11 @@ from transfuse.datasets.text import byte_text
 
 __all__ = [
     "DATASETS",
+    "Packed",
     "Splits",
     "byte_text",
+    "chat",
+    "crop_flip_erase",
     "digits",
     "dirichlet",
     "documents",
@@ -59,6 +66,7 @@ __all__ = [
     "messages",
     "noise",
     "noise_sweep",
+    "paired_tokens",
     "permuted_classes",
     "rotated_fashion",
     "shifted_fashion",

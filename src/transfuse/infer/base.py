@@ -131,7 +131,7 @@ class Fusion(Method):
     def deploy(self, target: nn.Module) -> FusedModel:
         from transfuse.infer.fused import FusedModel
 
-        return FusedModel(self, target, *self._helpers)
+        return FusedModel(target, *self._helpers, self)
 
 
 def divergences(log_p: Tensor, shift: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from transfuse.core.card import Card
-from transfuse.core.errors import InputError, nearest
+from transfuse.core.errors import InputError
 from transfuse.infer.base import Fusion, Moves
 
-SEARCHES = ("one-expert", "box")
 LARGEST = 2.0
 CELLS = 20
 """Of the grid on [0, LARGEST]."""
@@ -34,13 +35,13 @@ class DynamicFusion(Fusion):
     trained or changed. Where the large model is the base itself, alpha is 1 and the answer is the expert's.
 
     Args:
-        search: for several experts. `"one-expert"` looks for the one that alone fits all best, a line search for
-            each; `"box"` for the best weights in [0, 2]^T, by descent from every expert at its best, from every
+        experts: where there are several, `"one"` per step, that which alone fits all best, a line search for each; or
+            `"joint"`, the best weights in [0, 2]^T, by descent from every expert at its best, from every
             expert at weight 1, and from all at weight 1. There are two divergences to meet, so with three or more
             experts many weights may be as good as each other.
 
     Raises:
-        InputError: an unknown search.
+        InputError: an unknown way of taking experts.
         VocabularyError: (at the first text) the models mean different tokens.
 
     Source: Fan et al., NeurIPS 2024, arXiv:2406.15480.
@@ -56,19 +57,19 @@ class DynamicFusion(Fusion):
         tasks=("language-model",),
     )
 
-    def __init__(self, search: str = "one-expert"):
+    def __init__(self, experts: Literal["one", "joint"] = "one"):
         super().__init__()
-        if search not in SEARCHES:
-            raise InputError(f"DynamicFusion: search is {search!r}: {nearest(search, SEARCHES)}")
-        self.search = search
+        if experts not in ("one", "joint"):
+            raise InputError(f"DynamicFusion: experts is {experts!r}, it must be 'one' (per step) or 'joint'")
+        self.experts = experts
 
     def weights(self, moves: Moves) -> Tensor:
-        rows, experts, _ = moves.shifts.shape
-        none = moves.log_p.new_zeros(rows, experts)
-        alone = [line_search(moves, none, t) for t in range(experts)]
-        if experts == 1 or self.search == "one-expert":
+        rows, count, _ = moves.shifts.shape
+        none = moves.log_p.new_zeros(rows, count)
+        alone = [line_search(moves, none, t) for t in range(count)]
+        if count == 1 or self.experts == "one":
             return best(moves, alone)
-        ones = [none.index_fill(1, torch.tensor([t], device=none.device), 1) for t in range(experts)]
+        ones = [none.index_fill(1, torch.tensor([t], device=none.device), 1) for t in range(count)]
         starts = [*alone, *ones, none + 1]
         side_by_side = Moves(*(x.repeat(len(starts), *[1] * (x.dim() - 1)) for x in vars(moves).values()))
         return best(moves, [*alone, *descend(side_by_side, torch.cat(starts)).chunk(len(starts))])

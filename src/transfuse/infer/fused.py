@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.decoding import Reader, generate_together
+from transfuse.core.decoding import Reader, generate
 from transfuse.core.errors import MissingExtraError, VocabularyError
 from transfuse.core.outputs import modes_kept
 from transfuse.core.vocabulary import compare
@@ -19,9 +19,9 @@ class Decoded(NamedTuple):
     """Texts with what was decided on the way.
 
     Attributes:
-        tokens: `(batch, n + new_tokens)`, the prompts first.
-        alpha: `(batch, steps, experts)`; residuals: `(batch, steps, experts, 2)`, see :class:`Fused`. There are fewer
-            steps than new tokens where all rows ended before.
+        tokens: `(batch, n + steps)`, the prompts first.
+        alpha: `(batch, steps, experts)`.
+        residuals: `(batch, steps, experts, 2)`, see :class:`~transfuse.infer.base.Fused`.
     """
 
     tokens: Tensor
@@ -36,20 +36,28 @@ class FusedModel(nn.Module):
     they were in.
 
     Args:
-        method: how they are fused.
         large: the model that is moved.
         base: what the experts were tuned from.
-        experts: by name; their order is that of `alpha`.
+        experts: in a list, or by name; their order is that of `alpha`.
+        method: how they are fused.
 
     Raises:
         VocabularyError: (at the first text) the models mean different tokens by the same ids, or it cannot be known.
             Outputs beyond the common vocabulary, by which some models pad theirs, are cut off.
     """
 
-    def __init__(self, method: Fusion, large: nn.Module, base: nn.Module, experts: Mapping[str, nn.Module]):
+    def __init__(
+        self,
+        large: nn.Module,
+        base: nn.Module,
+        experts: Iterable[nn.Module] | Mapping[str, nn.Module],
+        method: Fusion,
+    ):
         super().__init__()
-        self.method, self.large, self.base = method, large, base
-        self.experts, self.names = nn.ModuleList(experts.values()), tuple(experts)
+        named = experts if isinstance(experts, Mapping) else {str(i): model for i, model in enumerate(experts)}
+        self.large, self.base, self.method = large, base, method
+        self.experts, self.names = nn.ModuleList(named.values()), tuple(named)
+        self.tokenizer = getattr(large, "tokenizer", None)
         self._vocabulary: tuple[list[int], int] | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -85,7 +93,7 @@ class FusedModel(nn.Module):
             return steps[-1].logits
 
         prefixes = {} if instruction is None else {0: instruction}
-        whole = generate_together(self._models, fuse, tokens, new_tokens=new_tokens, prefixes=prefixes, **options)
+        whole = generate(self._models, tokens, new_tokens=new_tokens, fuse=fuse, prefixes=prefixes, **options)
         alpha, residuals = (torch.stack([getattr(s, name) for s in steps], 1) for name in ("alpha", "residuals"))
         return Decoded(whole, alpha, residuals)
 

@@ -5,6 +5,7 @@
   have not been computed
 - :mod:`~transfuse.losses.scores`: what may stand in the place of logits
 - :mod:`~transfuse.losses.sparse`: student logits against top-k or sampled targets
+- :mod:`~transfuse.losses.preference`: one answer rather than another
 - :mod:`~transfuse.losses.supervised`: logits against labels, one value per label
 - :mod:`~transfuse.losses.feature`: student against teacher features, one value per sample
 - :mod:`~transfuse.losses.adversarial`: domains against a discriminator, one value per sample
@@ -45,6 +46,7 @@ from transfuse.losses.divergence import (
 from transfuse.losses.feature import attention_map, attention_transfer, mean_absolute_error, mean_squared_error
 from transfuse.losses.information import entropy, marginal_entropy, mutual_information
 from transfuse.losses.match import Divergence, label_entropy, match
+from transfuse.losses.preference import preference, token_margin
 from transfuse.losses.prototypes import anchor_entropy, class_means, mean_alignment, soft_labels
 from transfuse.losses.reduction import IGNORE, Term, classes_last, mask_from_lengths, next_token
 from transfuse.losses.relation import (
@@ -105,6 +107,7 @@ __all__ = [
     "mutual_information",
     "nce",
     "next_token",
+    "preference",
     "reverse_gradient",
     "rkd_angle",
     "rkd_distance",
@@ -113,6 +116,7 @@ __all__ = [
     "skew_kl",
     "soft_cross_entropy",
     "soft_labels",
+    "token_margin",
     "top_k_decoupled",
     "top_k_kl",
     "top_k_linspace",

@@ -173,7 +173,7 @@ def label_entropy(student: Scores, labels: Tensor) -> Tensor:
 def _between(student: Tensor, teacher: Tensor, share: float) -> Tensor:
     """Logits at a share of the way to the teacher's; what one side excludes stays excluded."""
     excluded = (student == -math.inf) | (teacher == -math.inf)
-    return torch.lerp(student, teacher, share).masked_fill(excluded, -math.inf)
+    return torch.lerp(student, teacher.to(student.dtype), share).masked_fill(excluded, -math.inf)
 
 
 def _learns(target: Target) -> bool:

@@ -31,6 +31,7 @@ from transfuse.measure.continual import (
 )
 from transfuse.measure.correlation import agreement_with_results, pearson, spearman
 from transfuse.measure.cost import Cost, cost
+from transfuse.measure.exposure import canary_exposure, laplace_epsilon, sampled_exposure
 from transfuse.measure.fidelity import agreement, disagreement, held_out_kl
 from transfuse.measure.interval import Interval, bootstrap, paired
 from transfuse.measure.probe import linear_transfer
@@ -68,6 +69,7 @@ __all__ = [
     "backward_transfer",
     "bootstrap",
     "brier_score",
+    "canary_exposure",
     "correct",
     "cost",
     "disagreement",
@@ -76,6 +78,7 @@ __all__ = [
     "forgetting",
     "forward_transfer",
     "held_out_kl",
+    "laplace_epsilon",
     "linear_transfer",
     "negative_log_likelihood",
     "paired",
@@ -85,6 +88,7 @@ __all__ = [
     "read_facts",
     "reliability",
     "result_matrix",
+    "sampled_exposure",
     "spearman",
     "verdict",
 ]

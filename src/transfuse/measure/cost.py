@@ -94,13 +94,13 @@ def _size(model: nn.Module) -> int:
     """Bytes of all tensors; two that begin at the same place are one, be it a transposed view."""
     sizes: dict[tuple[torch.device, int], int] = {}
     for tensor in _tensors(model):
-        place = (tensor.device, tensor.data_ptr())
+        place = (tensor.device, id(tensor) if tensor.is_meta else tensor.data_ptr())
         sizes[place] = max(sizes.get(place, 0), tensor.nbytes)
     return sum(sizes.values())
 
 
 def _accelerators(model: nn.Module) -> set[torch.device]:
-    return {tensor.device for tensor in _tensors(model) if tensor.device.type != "cpu"}
+    return {tensor.device for tensor in _tensors(model) if tensor.device.type not in ("cpu", "meta")}
 
 
 @contextmanager

@@ -178,6 +178,22 @@ class Recipe:
         self._teach(lessons)
         return transfer
 
+    def student(self) -> nn.Module:
+        """The model that a finished run in `out` has written.
+
+        Raises:
+            InputError: the run has not finished, or deploys more than its target's own weights.
+        """
+        from transfuse.core.checkpoint import load_weights
+
+        weights = self.out / "model.safetensors"
+        if not weights.exists():
+            raise InputError(f"{self.out} holds no model.safetensors: finish its run with transfuse resume {self.out}")
+        with self._at("target"):
+            model: nn.Module = self._model(self.spec.target)
+        load_weights(weights, model)
+        return model.eval()
+
     def check(self) -> dict[str, Any]:
         """A dry run: :meth:`~transfuse.experiment.Transfer.check`, of the lessons too; nothing is written.
 
