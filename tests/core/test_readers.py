@@ -144,6 +144,10 @@ def test_a_text_that_outgrows_a_hugging_face_model_is_refused_before_anything_is
     assert generate(llama, prompts(n=30), new_tokens=3).shape == (3, 33)  # the last token is not read
     with pytest.raises(InputError, match="reads 32 tokens, and these texts grow to 33"):
         generate(llama, prompts(n=30), new_tokens=4)
+    with pytest.raises(InputError, match="grow to 33"):  # nobody knew whether it would end before
+        generate(llama, prompts(n=30), new_tokens=4, end=22)
+    with pytest.raises(InputError, match="grow to 33"):
+        generate(llama, prompts(n=33), new_tokens=4, end=22)
 
 
 def test_draws_can_be_repeated_and_follow_the_probabilities():

@@ -66,7 +66,8 @@ def generate(
         raise InputError(f"{needs}: give several models and fuse, or one model")
     real = _require_prompts(tokens, mask)
     _require_settings(new_tokens, temperature, top_k, top_p)
-    readers, longest = [Reader(model) for model in several], int(real.sum(1).max()) + new_tokens - 1
+    readers = [Reader(model) for model in several]
+    longest = int(real.sum(1).max()) + (new_tokens - 1 if end is None else 0)  # with an end it may be short enough
     before = [(prefixes or {}).get(i, tokens.new_empty(0)).to(tokens.device) for i in range(len(several))]
     for reader, prefix in zip(readers, before, strict=True):
         reader.require_length(longest + len(prefix))
@@ -141,6 +142,7 @@ class Reader:
     Attributes:
         model: as it is called, without a compiled wrapper: texts grow, and each length would be compiled anew.
         caches: whether the model remembers what it has read.
+        limit: how many tokens it can read; what has a `context` reads the last ones of any text.
 
     Raises:
         InputError: the model reads one text and writes another (encoder and decoder).
@@ -158,22 +160,22 @@ class Reader:
         # Prompts that were learned stand before the text and in the cache; PEFT counts positions there itself.
         learned = getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False)
         self.caches = self._config is not None and "past_key_values" in self._parameters and not learned
+        text = None if self._config is None else self._config.get_text_config()
+        self.limit: float = getattr(text, "max_position_embeddings", None) or torch.inf
         self._cache: Any = None
         self._tokens: Tensor | None = None
         self._mask: Tensor | None = None
 
     def require_length(self, length: int) -> None:
-        """The model can read so many tokens, or reads the last `context` of them.
+        """The model can read so many tokens.
 
         Raises:
             InputError: it cannot.
         """
-        config = None if self._config is None else self._config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
+        if length > self.limit:
             raise InputError(
-                f"{type(self.model).__name__} reads {limit} tokens, and these texts grow to {length}: cut the prompts, "
-                "or ask for fewer new tokens"
+                f"{type(self.model).__name__} reads {self.limit} tokens, and these texts grow to {length}: cut the "
+                "prompts, or ask for fewer new tokens"
             )
 
     def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -187,6 +189,8 @@ class Reader:
         """
         seen = mask if self._mask is None else torch.cat([self._mask, mask], 1)
         self._mask = seen
+        if seen.shape[1] > self.limit:
+            self.require_length(int(seen.sum(1).max()))
         if self.caches:
             return self._forward(tokens, seen, 1, keep=True)[:, -1].to(tokens.device)
         self._tokens = tokens if self._tokens is None else torch.cat([self._tokens, tokens], 1)
