@@ -15,6 +15,7 @@ from transfuse.core.files import write_atomically
 BENCHMARKS = {
     "divergence": "fused divergences over the matrix products they need",
     "startup": "importing the library and running small commands",
+    "store": "a teacher store: steps from it, its size, its memory, building it",
     "step": "the trainer's step over a loop written by hand",
 }
 
