@@ -13,6 +13,7 @@ from transfuse.core.teacher import Recorded
 from transfuse.infer import DynamicFusion, FusedModel, StaticFusion
 from transfuse.infer.base import Moves, centred, divergences
 from transfuse.infer.dynamic_fusion import line_search
+from transfuse.recipe import Recipe
 
 V = 40
 
@@ -383,3 +384,31 @@ def test_a_dry_run_finds_nothing_to_train():
     assert found["arms"][0]["updates"] == 0 and found["estimate"]["seconds"] == 0
     tuned = Transfer(DynamicFusion(), source, language_model(), test=ragged_tokens(), epochs=3)
     assert tuned.training.epochs == 3
+
+
+OWN = """
+from helpers import language_model, ragged_tokens
+from transfuse.datasets import Splits
+
+def model(seed):
+    return language_model(seed)
+
+def texts():
+    return Splits(ragged_tokens(), None, ragged_tokens(6, seed=1), name="texts", task="language-model")
+"""
+RECIPE = """
+method: {name: DynamicFusion}
+source: [{model: 'own.py:model', args: {seed: 1}}, {model: 'own.py:model', args: {seed: 2}}]
+target: {model: 'own.py:model', args: {seed: 1}}
+data: own.py:texts
+compare: [{name: StaticFusion, alpha: 0.0}]
+"""
+
+
+def test_a_recipe_names_the_base_first_and_says_nothing_of_training(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "fuse.yaml").write_text(RECIPE)
+    result = Recipe.read(tmp_path / "fuse.yaml", out=tmp_path / "run").run()
+    expert, text = language_model(2), ragged_tokens(6, seed=1)
+    assert torch.allclose(result.model(**text), expert(**text), atol=1e-4)
+    assert [arm.runs[0].steps for arm in result.report.arms] == [0, 0]
