@@ -21,8 +21,10 @@ from proofs.result import Gain, ProofResult
 from proofs.runner import RESULTS
 from proofs.table import page as results_page
 from transfuse.core.catalogue import Entry, entries
+from transfuse.report import Report
 from transfuse.report.numbers import number, signed
 
+RUN = re.compile(r"^\[run: ([\w-]+)\]$", re.MULTILINE)
 ROLE = re.compile(r":(?:class|func|mod|data|meth|attr):<code>(~?)([\w.]+)</code>")
 REQUEST = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
 
@@ -48,6 +50,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, path, content=content))
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Tables of runs: `[run: smollm2]` is docs/results/smollm2.json."""
+    return RUN.sub(lambda run: run_table(run[1]), markdown)
+
+
 def on_page_content(html: str, **_: Any) -> str:
     """Docstrings name things by role, for readers of the code; readers of the page want the name alone."""
     return ROLE.sub(lambda role: f"<code>{role[2].split('.')[-1] if role[1] else role[2]}</code>", html)
@@ -57,6 +64,22 @@ def on_post_page(output: str, page: Any, **_: Any) -> None:
     """Refuse a page that would load something from another machine."""
     if found := REQUEST.search(output):
         raise PluginError(f"{page.file.src_path} makes an external request: {found[0]}")
+
+
+def run_table(name: str) -> str:
+    """Markdown: every arm of a language model's run, its teacher, and how many tokens a second it was trained on."""
+    report = Report.read(ROOT / "docs" / "results" / f"{name}.json")
+    training, data = report.recipe["training"], report.recipe["data"]["args"]
+    rows = ["| arm | bits per byte | agreement | NLL | tokens per second |", "|---|---|---|---|---|"]
+    for arm in report.arms:
+        run = arm.runs[0]
+        speed = run.steps * training["batch_size"] * data["context"] / run.seconds
+        found = (run.metrics[metric] for metric in ("bits_per_byte", "agreement", "nll"))
+        rows.append(f"| {arm.name} | {' | '.join(f'{value:.3f}' for value in found)} | {speed:.0f} |")
+    assert report.source is not None
+    teacher = report.source.metrics
+    rows.append(f"| teacher | {teacher['bits_per_byte']:.3f} | | {teacher['nll']:.3f} | |")
+    return "\n".join(rows)
 
 
 def methods_page(methods: Sequence[Entry], proofs: Sequence[ProofResult]) -> str:

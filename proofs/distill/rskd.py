@@ -97,4 +97,11 @@ PROOF = Study(
         "may be small"
     ),
     seeds=(0, 1, 2),
+    notes=(
+        "As expected in direction, and as small as feared: RS-KD ends 0.007 above full distillation, the twelve "
+        "largest 0.030, in every seed; with the rest given to the label they are 0.011 above. All are 0.06 and "
+        "more below scratch. Cosines are above 0.999 for all kept targets, for of 256 bytes twelve hold nearly "
+        "all mass, and the twelve largest are not worse calibrated here, if anything better. Speed is not part of "
+        "it. On a live teacher the draws are new in every step, while a store has one set of draws per text."
+    ),
 )

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import Result
 
 from transfuse import __version__
+from transfuse.cli import starter
 from transfuse.core import catalogue
 
 Run = Callable[..., Result]
@@ -105,8 +106,8 @@ def test_show_answers_an_unknown_method_with_the_nearest(transfuse: Run) -> None
 # Starter
 
 
-PYTHON_ONLY = {"RankC", "UniCAM"}
-"""Measures of several models or of facts, which a recipe cannot name."""
+PYTHON_ONLY = {"RankC", "UniCAM", *starter.PYTHON_ONLY}
+"""Measures of several models or of facts, and methods with data of their own, which a recipe cannot name."""
 
 
 @pytest.mark.parametrize("method", sorted(PYTHON_ONLY))

@@ -40,6 +40,9 @@ CALLS = {
     "backward_transfer": lambda: measure.backward_transfer(MATRIX),
     "forward_transfer": lambda: measure.forward_transfer(MATRIX, MATRIX[0]),
     "forgetting": lambda: measure.forgetting(MATRIX),
+    "canary_exposure": lambda: measure.canary_exposure(LOGITS.detach()[:, 0], 3),
+    "sampled_exposure": lambda: measure.sampled_exposure(LOGITS.detach()[:, 0], 0.5),
+    "laplace_epsilon": lambda: measure.laplace_epsilon(0.5),
     "cost": lambda: measure.cost(torch.nn.Dropout(), LOGITS),
 }
 

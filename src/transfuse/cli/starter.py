@@ -68,6 +68,8 @@ FILLED: dict[str, object] = {
     "end": {"questions": 1.0},
 }
 """What stands for other arguments without a default, as the recipe of their family needs them."""
+PYTHON_ONLY = ("ByteSpanKD", "SortedLogitsKD", "Swing", "TinyViT")
+"""Methods whose data is made in Python: two readings of a text, how private tokens are, stored views."""
 BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
 """What methods of a family are compared with."""
 
@@ -96,19 +98,27 @@ def write(file: Path, method: str) -> None:
     if file.exists():
         raise InputError(f"{file} exists already and is left as it is: name another file")
     own = RECIPES / f"{entry.name.lower()}.yaml"
+    if entry.name in PYTHON_ONLY:
+        raise _not_in_a_recipe(entry)
     if own.exists():
         text = own.read_text(encoding="utf-8")
+    elif entry.card.tasks == ("language-model",) and entry.family == "distill":
+        text = _with_method((RECIPES / "language.yaml").read_text(encoding="utf-8"), entry, "[scratch]")
     elif entry.family == "distill":
         text = _distillation(file, entry)
     elif f"name: {entry.name}" in (text := (RECIPES / f"{entry.family}.yaml").read_text(encoding="utf-8")):
         text = text if _judges(text, entry.name) else _with_method(text, entry)
     elif entry.family == "measure":
-        raise InputError(
-            f"{entry.name} needs more than a recipe can say: use it from Python, `transfuse show {entry.name}` says how"
-        )
+        raise _not_in_a_recipe(entry)
     else:
         text = _with_method(text, entry)
     write_atomically(file, text)
+
+
+def _not_in_a_recipe(entry: Entry) -> InputError:
+    return InputError(
+        f"{entry.name} needs more than a recipe can say: use it from Python, `transfuse show {entry.name}` says how"
+    )
 
 
 def _distillation(file: Path, entry: Entry) -> str:
@@ -131,9 +141,9 @@ def _judges(text: str, name: str) -> bool:
     return isinstance(method, dict) and method["name"] == name
 
 
-def _with_method(text: str, entry: Entry) -> str:
+def _with_method(text: str, entry: Entry, beside: str | None = None) -> str:
     """The recipe of a family with another of its methods."""
-    beside = "[]" if entry.card.control else BESIDE.get(entry.family, "[]")
+    beside = "[]" if entry.card.control else beside or BESIDE.get(entry.family, "[]")
     for key, comment, value in (
         ("method", f"# How knowledge moves; `transfuse show {entry.name}` explains it.", method_line(entry.name)),
         ("compare", "# What the method is compared with.", beside),

@@ -51,6 +51,7 @@ def byte_text(
     files: str | Path | Sequence[str | Path] | None = None,
     context: int = 128,
     fractions: Sequence[float] = (0.9, 0.05, 0.05),
+    size: int | None = None,
 ) -> Splits:
     """Files as windows of bytes: data sets of one int64 tensor, samples `(context,)` of 0 to 255.
 
@@ -62,6 +63,7 @@ def byte_text(
             about 1.9 MB, which differs a little between Python versions.
         context: bytes per window.
         fractions: train, validate and test; a fraction of 0 leaves the part out.
+        size: take only so many windows to train on.
 
     Raises:
         StoreError: a file cannot be read.
@@ -84,6 +86,8 @@ def byte_text(
         )
     windows = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: count * context].view(count, context).long()
     train, validate, test = (TensorDataset(windows[begin:end]) for begin, end in pairwise(begins))
+    if size is not None:
+        train = TensorDataset(train.tensors[0][:size])
     return Splits(train, validate or None, test or None, name="text", task="language-model")
 
 

@@ -18,7 +18,7 @@ from transfuse.core.errors import InputError
 from transfuse.losses.scores import Sampled, TopK
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
-BLOCK = 256
+BLOCK = 64
 
 
 class Form:
