@@ -286,24 +286,26 @@ def test_models_with_different_vocabularies_are_refused_and_padded_ones_cut():
         other(tokens)
 
 
+def llama(seed, width=16):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=23,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def test_inside_transformers_generate_it_says_the_same():
     transformers = pytest.importorskip("transformers")
-
-    def llama(seed, width=16):
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(
-            vocab_size=23,
-            hidden_size=width,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            initializer_range=0.5,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return transformers.LlamaForCausalLM(config).eval()
 
     model = FusedModel(llama(0, 32), llama(1), [llama(2)], DynamicFusion())
     tokens, mask = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -322,10 +324,22 @@ def test_inside_transformers_generate_it_says_the_same():
     assert torch.equal(ours.tokens, theirs)
     assert lengths == {4: 1, 1: 5}  # the prompt once, then a token at a time
     assert not torch.equal(theirs, generate(model.large, tokens, mask=mask, new_tokens=6))
-    beams = model.large.generate(
-        tokens, attention_mask=mask, max_new_tokens=4, num_beams=3, logits_processor=[model.logits_processor(mask)]
+
+
+def test_beams_that_change_places_are_read_again():
+    transformers = pytest.importorskip("transformers")
+    model = FusedModel(llama(0, 32), llama(1), [llama(2)], DynamicFusion())
+    tokens = torch.tensor([[4, 5, 9, 2], [6, 7, 8, 9]])
+    given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+
+    def whole(input_ids, scores):
+        return model(input_ids)[:, -1].log_softmax(-1)
+
+    found, expected = (
+        model.large.generate(tokens, logits_processor=transformers.LogitsProcessorList([each]), **given)
+        for each in (model.logits_processor(torch.ones_like(tokens)), whole)
     )
-    assert beams.shape == (2, 8)
+    assert torch.equal(found, expected)
 
 
 # Transfers -------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class FusedModel(nn.Module):
                     for model in helpers:
                         model.eval()
                     said = [reader.read(new, seen[:, -new.shape[1] :]) for reader in self.readers]
-                logits = fused._fuse([scores, *said]).logits
+                logits = fused._fuse([scores, *said]).logits.log_softmax(-1)  # beams are compared by their sums
                 return nn.functional.pad(logits, (0, scores.shape[1] - logits.shape[1]), value=-torch.inf)
 
         return FusionProcessor()
