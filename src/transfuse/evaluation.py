@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from transfuse.core.batch import Batch, line_up
 from transfuse.core.errors import InputError
+from transfuse.core.output_layer import find_output_layer, left_out
 from transfuse.core.outputs import call, eager, find_logits, modes_kept
 from transfuse.core.placement import device_of
 from transfuse.core.streams import Data, Draw
 from transfuse.core.vocabulary import common_classes
-from transfuse.losses import IGNORE, classes_last, cross_entropy, kl_divergence, next_token
+from transfuse.losses import IGNORE, Projection, Scores, classes_last, cross_entropy, kl_divergence, next_token
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
 
+CHUNK = 256
+"""Positions of a language model whose logits exist at a time."""
 HIGHER_IS_BETTER = {"accuracy": True, "agreement": True, "nll": False, "bits_per_byte": False}
 
 
@@ -152,21 +155,22 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
     counts: list[Tensor] = []
     sizes: list[Tensor] = []
     tasks: list[Tensor] = []
+    layers: dict[int, nn.Linear | None] = {}
     for cpu_batch in batches:
         batch: Batch = cpu_batch.to(device)
-        logits = find_logits(call(eager(model), batch.inputs, task=batch.task)).float()
         if batch.task is not None:
             tasks.append(cpu_batch.task)
-        positions = {} if batch.labels is None else {"nll": cross_entropy(logits, batch.labels)}
-        if batch.labels is not None and task != "language-model":
-            positions["accuracy"] = (classes_last(logits).argmax(-1) == batch.labels).float()
-        if source is not None:
-            theirs = find_logits(call(eager(source), batch.inputs)).float()
-            if task == "language-model" and logits.shape != theirs.shape:
-                common = common_classes(model, source, logits.shape[-1], theirs.shape[-1])
-                logits, theirs = logits[..., :common], theirs[..., :common]
-            positions["kl"] = kl_divergence(logits, theirs)
-            positions["agreement"] = (classes_last(logits).argmax(-1) == classes_last(theirs).argmax(-1)).float()
+        ours = _scores(model, batch, layers, task)
+        theirs = None if source is None else _scores(source, Batch(batch, task=None), layers, task)
+        if task == "language-model":
+            common = None if source is None or theirs is None else _common(model, source, ours, theirs)
+            positions = _by_chunk(ours, theirs, batch.labels, common)
+        else:
+            assert isinstance(ours, Tensor)
+            assert not isinstance(theirs, Projection)
+            positions = _compared(ours, theirs, batch.labels)
+            if batch.labels is not None:
+                positions["accuracy"] = (classes_last(ours).argmax(-1) == batch.labels).float()
         if not positions:
             raise InputError("held-out data without labels needs a source to compare with")
         first = next(iter(positions.values()))
@@ -186,3 +190,50 @@ def _dense(model: nn.Module, batches: Any, device: torch.device, source: nn.Modu
         size = torch.cat(sizes)
         values["bits_per_byte"] = torch.cat(sums["nll"]) / math.log(2) * (len(size) / size.sum())
     return Evaluation(values, of_set=torch.cat(tasks) if tasks else None, counts=count)
+
+
+def _scores(model: nn.Module, batch: Batch, layers: dict[int, nn.Linear | None], task: str) -> Scores:
+    """What a model says about a batch; a language model's logits are left to be computed, a few rows at a time."""
+    if task == "language-model" and id(model) not in layers:
+        layers[id(model)] = find_output_layer(model, batch.inputs)
+    with left_out(layers.get(id(model))) as projections:
+        raw = call(eager(model), batch.inputs, task=batch.task)
+    return projections[-1] if projections else find_logits(raw).float()
+
+
+def _common(model: nn.Module, source: nn.Module, ours: Scores, theirs: Scores) -> int:
+    """How many classes both know."""
+    if ours.shape[-1] == theirs.shape[-1]:
+        return ours.shape[-1]
+    return common_classes(model, source, ours.shape[-1], theirs.shape[-1])
+
+
+def _by_chunk(ours: Scores, theirs: Scores | None, labels: Tensor | None, common: int | None) -> dict[str, Tensor]:
+    """The values of every position, `(batch, tokens)`, from the logits of some rows at a time."""
+    shape = ours.shape[:-1]
+    rows = math.prod(shape)
+    parts = []
+    for begin in range(0, rows, CHUNK):
+        at = slice(begin, begin + CHUNK)
+        other = None if theirs is None else _rows(theirs, at)[:, :common]
+        parts.append(_compared(_rows(ours, at), other, None if labels is None else labels.flatten()[at], common))
+    return {name: torch.cat([part[name] for part in parts]).view(shape) for name in parts[0]}
+
+
+def _rows(scores: Scores, at: slice) -> Tensor:
+    """The logits of some positions, in float32."""
+    if isinstance(scores, Projection):
+        return Projection(scores.hidden.flatten(0, -2)[at], scores.weight, scores.bias).dense().float()
+    return scores.flatten(0, -2)[at]
+
+
+def _compared(
+    ours: Tensor, theirs: Tensor | None, labels: Tensor | None, common: int | None = None
+) -> dict[str, Tensor]:
+    """Of logits: NLL of labels over all classes, and what both have in common with the source over the shared ones."""
+    found = {} if labels is None else {"nll": cross_entropy(ours, labels)}
+    if theirs is not None:
+        shared = ours if common is None else ours[..., :common]
+        found["kl"] = kl_divergence(shared, theirs)
+        found["agreement"] = (classes_last(shared).argmax(-1) == classes_last(theirs).argmax(-1)).float()
+    return found

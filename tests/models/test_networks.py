@@ -19,6 +19,7 @@ from transfuse.models import (
 )
 
 torch.manual_seed(0)
+SMALL = [name for name in MODELS if not name.startswith("smollm2")]  # its weights are a package's
 INPUTS = {
     "mlp": torch.rand(6, 1, 8, 8),
     "small-cnn": torch.rand(6, 1, 28, 28),
@@ -38,7 +39,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_gradient_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
     model = build(name)
@@ -48,7 +49,7 @@ def test_gradient_reaches_every_parameter(name: str) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SMALL)
 def test_a_network_can_fit_six_samples(name: str) -> None:
     torch.manual_seed(0)
     model = build(name)
@@ -64,7 +65,7 @@ def test_a_network_can_fit_six_samples(name: str) -> None:
     assert loss < 0.5
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "decoder-lm"])
+@pytest.mark.parametrize("name", [n for n in SMALL if n != "decoder-lm"])
 def test_samples_do_not_influence_each_other_in_eval_mode(name: str) -> None:
     model = build(name).eval()
     inputs = INPUTS[name]
