@@ -46,7 +46,7 @@ def bits(model: nn.Module, windows: Tensor) -> float:
 
 def fused(method: Fusion, large: nn.Module, base: nn.Module, experts: Sequence[nn.Module]) -> nn.Module:
     """What the method deploys."""
-    return FusedModel(large, base, experts, method.fuse).eval()
+    return FusedModel(large, base, experts, method)
 
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:

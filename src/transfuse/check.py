@@ -93,8 +93,9 @@ def _dry_run(transfer: Transfer, number: int) -> dict[str, Any]:
     kept, began = _Saved(), time.perf_counter()
     with kept, suppress(_EnoughError):
         trainer.fit()
-    # A run of a single update has no others to be timed by.
-    per_update = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else stamps[0] - began
+    per_update = 0.0  # of a method that trains nothing
+    if stamps:  # a run of a single update has no others to be timed by
+        per_update = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else stamps[0] - began
     target = trainer.run["target"]
     # Weights, gradients and two moments of the optimiser, the teacher's weights, and what backward keeps.
     weights = sum(p.nbytes for p in target.parameters()) * 4 + sum(p.nbytes for p in trainer.method.parameters()) * 4

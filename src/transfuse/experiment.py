@@ -239,7 +239,6 @@ class Transfer:
         for option in training:
             if option not in known:
                 raise InputError(f"transfer has no option {option!r}: {nearest(option, known | own)}")
-        self.training = Training(**training)
         self.seeds, self.classes, self.name = tuple(seeds), classes, name
         self.out = None if out is None else Path(out)
         self.sync = sync_for(device)
@@ -247,6 +246,8 @@ class Transfer:
         self.arms = [Arm(repr(method), "method", method), *(self._arm(entry) for entry in compare)]
         for arm in self.arms:
             self._require_given(arm)
+        timed = any(arm.method.trains for arm in self.arms) or not training.keys().isdisjoint({"epochs", "steps"})
+        self.training = Training(**training if timed else {"steps": 1, **training})
         if len({arm.folder for arm in self.arms}) < len(self.arms):
             raise InputError(f"two arms have the same name: {', '.join(arm.name for arm in self.arms)}")
         once = [name for name, found in self.data.items() if isinstance(found, Iterated) and found.once]

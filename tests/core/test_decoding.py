@@ -128,8 +128,5 @@ def test_wrong_prompts_are_refused():
     with pytest.raises(InputError, match="cannot tell padding"):
         generate(Bare(), PROMPTS, mask=torch.tensor([[0, 1, 1], [1, 1, 1]]), new_tokens=1)
     assert generate(Bare(), PROMPTS, new_tokens=2).shape == (2, 5)
-    for wrong in ({"new_tokens": 0}, {"new_tokens": 1, "temperature": -1.0}, {"new_tokens": 1, "top_p": 0.0}):
-        with pytest.raises(InputError, match="new_tokens and top_k"):
-            generate(model, PROMPTS, **wrong)
     with pytest.raises(InputError, match="at least one token"):
         generate(model, PROMPTS[:, :0], new_tokens=1)

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 from helpers import Example, language_model, ragged_tokens
 
-from transfuse.core.method import Method
 from transfuse.infer import DynamicFusion, StaticFusion
+from transfuse.infer.base import Fusion
 
 
-def example(method: Method, experts: int = 1) -> Example:
-    sources = {"base": language_model(1), **{f"expert{i}": language_model(2 + i) for i in range(experts)}}
-    options = {"task": "language-model", "batch_size": 4, "steps": 1}
-    return Example(method, language_model(0, dim=12), sources, None, ragged_tokens(6), options)
+def example(method: Fusion, experts: int = 1) -> Example:
+    source = {"base": language_model(1), **{f"tuned{i}": language_model(2 + i) for i in range(experts)}}
+    target = language_model(0, dim=16, depth=2)
+    return Example(method, target, source, None, ragged_tokens(), {"batch_size": 6})
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {
-    "StaticFusion": lambda: example(StaticFusion()),
-    "DynamicFusion": lambda: example(DynamicFusion(), 2),
+    "StaticFusion": lambda: example(StaticFusion(0.5)),
+    "DynamicFusion": lambda: example(DynamicFusion(), experts=2),
 }

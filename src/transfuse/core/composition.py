@@ -29,6 +29,7 @@ class Several(Method):
         self.keeps = tuple({k for m in self.methods for k in m.keeps})
         self.uses_source = any(m.uses_source for m in self.methods)
         self.needs_data = any(m.needs_data for m in self.methods)
+        self.trains = any(m.trains for m in self.methods)
         self.moves_source = any(m.moves_source for m in self.methods)
         self.scored_by_stage = any(m.scored_by_stage for m in self.methods)
         self.brings_head = any(m.brings_head for m in self.methods)

@@ -42,6 +42,8 @@ class Method(nn.Module):
     """Roles that move without an optimiser (averaged or promoted models)."""
     needs_data: bool = True
     """Whether the caller must give data to train on; a data-free method makes its own."""
+    trains: bool = True
+    """Whether it trains anything; where no arm does, nobody has to say how long."""
     moves_source: bool = False
     """Whether sources are trained as well; every arm and seed then has copies of its own."""
     scored_by_stage: bool = False

@@ -293,8 +293,9 @@ class Recipe:
         from transfuse.experiment import Transfer
 
         spec, training = self.spec, self.spec.training.model_dump(exclude_unset=True)
-        with self._at("training"):
-            Training(**training)
+        if spec.trains:
+            with self._at("training"):
+                Training(**training)
         with self._at("method"):
             method = self._method(spec.method)
         with self._at("compare"):

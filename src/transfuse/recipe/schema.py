@@ -260,9 +260,14 @@ class Content(Part):
         """Whether the recipe asks for numbers, and trains nothing."""
         return isinstance(self.method, One) and catalogue.find(self.method.name).family == "measure"
 
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains anything: none of inference does."""
+        return not (isinstance(self.method, One) and catalogue.find(self.method.name).family in ("measure", "infer"))
+
     @model_validator(mode="after")
     def _says_how_long(self) -> Self:
-        if "training" not in self.model_fields_set and not self.measures:
+        if "training" not in self.model_fields_set and self.trains:
             raise InputError("training: is missing")
         return self
 

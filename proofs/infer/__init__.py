@@ -1,0 +1,1 @@
+"""Proofs of the methods in :mod:`transfuse.infer`."""
