@@ -412,15 +412,15 @@ def texts():
 """
 RECIPE = """
 method: {name: DynamicFusion}
-source: [{model: 'own.py:model', args: {seed: 1}}, {model: 'own.py:model', args: {seed: 2}}]
-target: {model: 'own.py:model', args: {seed: 1}}
-data: own.py:texts
+source: [{model: 'fusing.py:model', args: {seed: 1}}, {model: 'fusing.py:model', args: {seed: 2}}]
+target: {model: 'fusing.py:model', args: {seed: 1}}
+data: fusing.py:texts
 compare: [{name: StaticFusion, alpha: 0.0}]
 """
 
 
 def test_a_recipe_names_the_base_first_and_says_nothing_of_training(tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "fusing.py").write_text(OWN)
     (tmp_path / "fuse.yaml").write_text(RECIPE)
     result = Recipe.read(tmp_path / "fuse.yaml", out=tmp_path / "run").run()
     expert, text = language_model(2), ragged_tokens(6, seed=1)
