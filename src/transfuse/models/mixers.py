@@ -144,8 +144,8 @@ class Mixer(nn.Module):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token `(batch, dim)` and what was before it: its output, and the state after it."""
         past, count = state
-        parts = (p.squeeze(-2) for p in self.parts(x.unsqueeze(1), first=int(count)))
-        out, past = mix_step(*parts, past)
+        query, key, value, log_a = (p.squeeze(-2) for p in self.parts(x.unsqueeze(1), first=int(count)))
+        out, past = mix_step(query, key, value, log_a, past)
         return self.output(x.unsqueeze(1), out.unsqueeze(-2)).squeeze(1), (past, count + 1)
 
     def output(self, x: Tensor, mixed: Tensor) -> Tensor:
