@@ -1,4 +1,4 @@
-"""Subquadratic KD: what do copied projections, aligned blocks and aligned mixers bring to students without attention?"""
+"""Subquadratic KD: what do copied projections, aligned blocks and aligned mixers bring where attention is replaced?"""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from transfuse.distill import Subquadratic
 from transfuse.losses import kl_divergence
 from transfuse.models import subquadratic_student
 
-MIXERS = ("gla", "ssd", "mlstm", "linear")
+MIXERS = ("gla", "ssd", "linear")
 ARMS = {"C": ("C", False), "copy+C": ("C", True), "copy+B+C": ("BC", True), "copy+A+B+C": ("ABC", True)}
 """Stages, and whether queries, keys and values are the teacher's."""
-STEPS, BATCH = 120, 16
+STEPS, BATCH, TESTED = 80, 16, 256
 
 
 @torch.no_grad()
 def divergence(student: nn.Module, teacher: nn.Module, text: Tensor) -> float:
-    """KL of the student from the teacher per byte, in nats, of 256 windows."""
-    batch = align_tokens(Batch(inputs=text[:256]))
+    """KL of the student from the teacher per byte, in nats."""
+    batch = align_tokens(Batch(inputs=text))
     ours, theirs = (find_logits(call(m.eval(), batch.inputs))[batch.mask] for m in (student, teacher))
     return float(kl_divergence(ours, theirs).mean())
 
@@ -36,6 +36,7 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     """Every arm has the same steps in all, the same batches, and new parts drawn with the same seed."""
     teacher, (train, test) = trained(TEACHER, smoke), windows(small_text(), smoke)
     found: dict[str, Numbers] = {}
+    test = test[:TESTED]
     for mixer in MIXERS:
         for arm, (stages, copy_qkv) in ARMS.items():
             result = transfer(
@@ -58,14 +59,14 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
 PROOF = Study(
     name="subquadratic",
     proves=("Subquadratic",),
-    data="source code of CPython's library in windows of 64 bytes; 1,920 windows to train on, 1,489 to test",
+    data="source code of CPython's library in windows of 64 bytes; 1,280 windows to train on, 256 to test",
     trial=trial,
     arms=("gla: copy+B+C", *(f"{m}: {a}" for m in MIXERS for a in ARMS if (m, a) != ("gla", "copy+B+C"))),
     baseline="gla: C",
     metric="nll",
     higher_is_better=False,
     expected=(
-        "copy+B+C below C alone for every mixer; the gated mixers (GLA, SSD, mLSTM) at or below plain linear attention "
+        "copy+B+C below C alone for every mixer; the gated mixers (GLA, SSD) at or below plain linear attention "
         "in the mean over arms; copied projections and mixer alignment (A) alone bring little. Learning rates are ten "
         "times those of the paper, whose students are a thousand times as large and trained on billions of tokens"
     ),

@@ -1,6 +1,6 @@
 """Right, and for the teacher's reasons? Students of every size and method, their accuracy beside their fidelity.
 
-The protocol of Ramesh et al., Findings of ACL 2025, "On the Generalization vs Fidelity Paradox in Knowledge
+The protocol of Ramesh, Sengupta & Chakraborty, Findings of ACL 2025, "On the Generalization vs Fidelity Paradox in Knowledge
 Distillation": a grid of teachers, students, methods, temperatures and noise on the teacher's logits; each student
 answers held-out questions by greedy decoding, and is compared with the truth and with its teacher's answers.
 """
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def fidelity_study(
     make_folder(folder)
     first = next(iter(teachers))
     written = {
-        name: _once(folder / f"teacher-{file_name(name)}.json", lambda m=model: write(m, test, coder, length))
+        name: _once(folder / f"teacher-{file_name(name)}.json", partial(write, model, test, coder, length))
         for name, model in teachers.items()
     }
     data, outcomes, done = tokens_of(train, coder), [], set()
