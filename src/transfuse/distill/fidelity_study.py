@@ -1,8 +1,8 @@
 """Right, and for the teacher's reasons? Students of every size and method, their accuracy beside their fidelity.
 
-The protocol of Ramesh, Sengupta & Chakraborty, Findings of ACL 2025, "On the Generalization vs Fidelity Paradox in Knowledge
-Distillation": a grid of teachers, students, methods, temperatures and noise on the teacher's logits; each student
-answers held-out questions by greedy decoding, and is compared with the truth and with its teacher's answers.
+The protocol of Ramesh, Sengupta & Chakraborty, Findings of ACL 2025, "On the Generalization vs Fidelity Paradox in
+Knowledge Distillation": a grid of teachers, students, methods, temperatures and noise on the teacher's logits; each
+student answers held-out questions by greedy decoding, and is compared with the truth and with its teacher's answers.
 """
 
 from __future__ import annotations
