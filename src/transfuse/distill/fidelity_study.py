@@ -113,10 +113,11 @@ def default_arms(coder: Coder, length: int) -> dict[str, Callable[[float], Metho
     """
     return {
         SFT: lambda tau: Labels(),
-        "SeqKD": lambda tau: SeqKD(length=length, end=coder.end),
+        # prompt=1: marked prompts as they are, however short.
+        "SeqKD": lambda tau: SeqKD(prompt=1, length=length, end=coder.end),
         "FKL": lambda tau: KD(temperature=tau, alpha=1.0),
         "RevKD": lambda tau: GKD(share=0.0, beta=1.0),
-        "GKD": lambda tau: GKD(length=length, end=coder.end),
+        "GKD": lambda tau: GKD(prompt=1, length=length, end=coder.end),
     }
 
 
