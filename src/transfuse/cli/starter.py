@@ -69,8 +69,8 @@ FILLED: dict[str, object] = {
 }
 """What stands for other arguments without a default, as the recipe of their family needs them."""
 PYTHON_ONLY = ("ByteSpanKD", "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT")
-"""Methods whose data or target is made in Python: two readings of a text, how private tokens are, stored views, a copy of
-the teacher with other mixers."""
+"""Methods with data or a target made in Python: two readings of a text, how private tokens are, stored views, a teacher
+with other mixers."""
 BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
 """What methods of a family are compared with."""
 
