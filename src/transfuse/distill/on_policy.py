@@ -28,7 +28,8 @@ def prompts(batch: Batch, least: int) -> tuple[Tensor, Tensor]:
     rows = []
     for row, there, scored in zip(tokens, real, batch.mask, strict=True):
         first = int(scored.int().argmax()) if scored.any() else len(row) - 1
-        before = max(int(there[: first + 1].sum()), min(least, int(there.sum())))
+        marked = int(there[: first + 1].sum())  # 1 in plain text, which is scored from its second token on
+        before = marked if marked > 1 else min(least, int(there.sum()))
         rows.append(row[there][:before])
     longest = max(map(len, rows))
     padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
