@@ -19,6 +19,7 @@ from transfuse.losses.scores import Sampled, TopK
 
 DTYPES = {"float16": np.float16, "float32": np.float32}
 BLOCK = 64
+NO_NUMBERS = "not numbers: look at its weights, its inputs and its precision"
 
 
 class Form:
@@ -169,7 +170,7 @@ class Draws(Form):
         four = np.zeros((len(three) // 3, 4), np.uint8)
         four[:, :3] = three.reshape(-1, 3)
         pairs = torch.from_numpy(four.view("<u4")[:, 0].astype(np.int64))
-        there = torch.arange(int(distinct.max())) < torch.from_numpy(distinct)[:, None]
+        there = torch.arange(max(distinct.tolist(), default=0)) < torch.from_numpy(distinct)[:, None]
         ids, counts = torch.zeros(there.shape, dtype=torch.long), torch.zeros(there.shape, dtype=torch.long)
         ids[there], counts[there] = pairs & (2**17 - 1), pairs >> 17
         return Sampled(ids, counts, classes, temperature)
@@ -211,11 +212,16 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
 
     Args:
         logits: `(tokens, classes)` float32; overwritten.
+
+    Raises:
+        InputError: a row has no largest number.
     """
     tokens, classes = logits.shape
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK)).view(tokens, -1, BLOCK)
+    weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK)).unflatten(-1, (-1, BLOCK))
     until = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    if not until[:, -1].isfinite().all():
+        raise InputError(f"nothing can be drawn from a teacher whose logits are {NO_NUMBERS}")
     at = torch.rand(tokens, n, generator=draw, dtype=torch.float64) * until[:, -1:]
     block = torch.searchsorted(until, at, right=True).clamp(max=until.shape[1] - 1)
     before = torch.cat([until.new_zeros(tokens, 1), until], 1).gather(1, block)
