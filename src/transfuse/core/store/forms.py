@@ -17,7 +17,7 @@ from torch import Tensor
 from transfuse.core.errors import InputError
 from transfuse.losses.scores import Sampled, TopK
 
-DTYPES = {"float16": np.float16, "float32": np.float32}
+DTYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32}
 BLOCK = 64
 NO_NUMBERS = "not numbers: look at its weights, its inputs and its precision"
 
