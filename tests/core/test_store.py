@@ -14,7 +14,7 @@ from helpers import CNN, VOCABULARY, digest, images, language_model, ragged_toke
 from torch import Tensor
 from torch.utils.data import Subset
 
-from transfuse import transfer
+from transfuse import Transfer, transfer
 from transfuse.core.batch import Batch
 from transfuse.core.checkpoint import load_state
 from transfuse.core.errors import CapabilityError, InputError, ShapeError, StoreError
@@ -287,12 +287,9 @@ def test_a_student_learns_from_it_as_from_a_teacher(keep, method, tmp_path):
         "task": "language-model",
         "compare": ["scratch", "shuffled teacher"],
         "batch_size": 3,
-        "micro_batch": 2,
         "steps": 6,
         "out": tmp_path / "run",
     }
-    if "shuffled teacher" in given["compare"]:
-        given |= {"micro_batch": None}
     result = transfer(copy.deepcopy(method), source=store, **given)
     assert result.report.source is not None
     assert digest(result.model) != digest(given["target"])
@@ -301,6 +298,29 @@ def test_a_student_learns_from_it_as_from_a_teacher(keep, method, tmp_path):
         live = transfer(copy.deepcopy(method), source=language_model(1), **{**given, "out": None})
         for a, b in zip(result.model.parameters(), live.model.parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_runs_of_several_seeds_in_micro_batches_go_on_where_they_were_killed(tmp_path):
+    store = build(tmp_path / "s", Draws(9))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        seen.append(0)
+        if len(seen) == 9:
+            raise Killed
+
+    def prepared(folder: str, **more: Any) -> Transfer:
+        given = {"data": Subset(Rows(), [8, 1, 4, 6, 2, 3]), "task": "language-model", "seeds": [0, 1], "steps": 6}
+        given |= {"batch_size": 3, "micro_batch": 2, "checkpoint_every": 1, "out": tmp_path / folder}
+        return Transfer(RSKD(), TeacherStore(store.folder), lambda: language_model(0), **given, **more)
+
+    seen: list[int] = []
+    with pytest.raises(Killed):
+        prepared("cut", listener=kill).run()
+    cut, whole = prepared("cut").run(resume=True), prepared("whole").run()
+    assert digest(cut.model) == digest(whole.model)
 
 
 def test_pooled_layers_are_embeddings(tmp_path):
