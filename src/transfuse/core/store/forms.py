@@ -18,7 +18,7 @@ from transfuse.core.errors import InputError
 from transfuse.losses.scores import Sampled, TopK
 
 DTYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32}
-BLOCK = 64
+BLOCK, ROWS = 64, 16
 NO_NUMBERS = "not numbers: look at its weights, its inputs and its precision"
 
 
@@ -209,6 +209,7 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     """n tokens of each row, drawn with replacement from its softmax, `(tokens, n)`.
 
     The inverse of the distribution function, summed in float64: first over blocks of classes, then within the block.
+    A few rows are worked on at a time, as many as fit into a processor's cache.
 
     Args:
         logits: `(tokens, classes)` float32; overwritten.
@@ -216,10 +217,12 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     Raises:
         InputError: a row has no largest number.
     """
+    if len(logits) > ROWS:
+        return torch.cat([draw_tokens(rows, n, draw) for rows in logits.split(ROWS)])
     tokens, classes = logits.shape
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK)).unflatten(-1, (-1, BLOCK))
-    until = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    until = weights.sum(-1).cumsum(-1, dtype=torch.float64)
     if not until[:, -1].isfinite().all():
         raise InputError(f"nothing can be drawn from a teacher whose logits are {NO_NUMBERS}")
     at = torch.rand(tokens, n, generator=draw, dtype=torch.float64) * until[:, -1:]

@@ -261,7 +261,7 @@ class _Builder:
             parts = [Projection(h, scores.weight, scores.bias).dense() for h in rows.split(CHUNK)]
         else:
             parts = [part.clone() for part in rows.split(CHUNK)]
-        taken = [self.form.take(full_precision(p).cpu() / self.temperature, draw) for p in parts]
+        taken = [self.form.take(full_precision(p).cpu().div_(self.temperature), draw) for p in parts]
         entries = {name: torch.cat([t[name] for t in taken]) for name in taken[0]}
         if any(entry.isnan().any() for entry in entries.values()):
             raise StoreError(f"what the teacher says about sample {sample} is {NO_NUMBERS}")
