@@ -35,7 +35,7 @@ class Form:
         """The entries of some tokens of one sample, with the tokens first.
 
         Args:
-            logits: `(tokens, classes)` float32, already divided by the temperature; may be overwritten.
+            logits: `(tokens, classes)` float32, already divided by the temperature.
             draw: the sample's own random numbers.
         """
         raise NotImplementedError
@@ -212,7 +212,7 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     A few rows are worked on at a time, as many as fit into a processor's cache.
 
     Args:
-        logits: `(tokens, classes)` float32; overwritten.
+        logits: `(tokens, classes)` float32.
 
     Raises:
         InputError: a row has no largest number.
@@ -220,8 +220,10 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     if len(logits) > ROWS:
         return torch.cat([draw_tokens(rows, n, draw) for rows in logits.split(ROWS)])
     tokens, classes = logits.shape
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK)).unflatten(-1, (-1, BLOCK))
+    weights = logits.softmax(-1)
+    if classes % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK))
+    weights = weights.unflatten(-1, (-1, BLOCK))
     until = weights.sum(-1).cumsum(-1, dtype=torch.float64)
     if not until[:, -1].isfinite().all():
         raise InputError(f"nothing can be drawn from a teacher whose logits are {NO_NUMBERS}")

@@ -257,15 +257,17 @@ class _Builder:
         assert isinstance(scores, Projection | Tensor)
         whole = scores.hidden if isinstance(scores, Projection) else scores
         rows = whole[i : i + 1] if not self.by_token else whole[i] if real is None else whole[i][real]
-        if isinstance(scores, Projection):
-            parts = [Projection(h, scores.weight, scores.bias).dense() for h in rows.split(CHUNK)]
-        else:
-            parts = [part.clone() for part in rows.split(CHUNK)]
-        taken = [self.form.take(full_precision(p).cpu().div_(self.temperature), draw) for p in parts]
+        parts: Iterator[Tensor] = iter(rows.split(CHUNK))
+        if isinstance(scores, Projection):  # one after the other, so that no two of them exist
+            parts = (Projection(part, scores.weight, scores.bias).dense() for part in rows.split(CHUNK))
+        # Nothing is divided by 1, for that takes as long as a part of the drawing.
+        kept = (full_precision(part).cpu() for part in parts)
+        cooled = kept if self.temperature == 1 else (part / self.temperature for part in kept)
+        taken = [self.form.take(part, draw) for part in cooled]
         entries = {name: torch.cat([t[name] for t in taken]) for name in taken[0]}
         if any(entry.isnan().any() for entry in entries.values()):
             raise StoreError(f"what the teacher says about sample {sample} is {NO_NUMBERS}")
-        return self.form.pack(entries), sum(map(len, parts))
+        return self.form.pack(entries), len(rows)
 
     def _features(self, outputs: Outputs, i: int, real: Tensor | None) -> tuple[bytes, int]:
         assert isinstance(self.form, Layers)
