@@ -23,6 +23,7 @@ from transfuse.distill.self_evolution import SelfEvolution
 from transfuse.distill.seqkd import SeqKD
 from transfuse.distill.sla import SLA
 from transfuse.distill.sorted_logits import SortedLogitsKD
+from transfuse.distill.subquadratic import Subquadratic
 from transfuse.distill.swing import Swing
 from transfuse.distill.taid import TAID
 from transfuse.distill.tinyvit import TinyViT
@@ -52,6 +53,7 @@ __all__ = [
     "SelfEvolution",
     "SeqKD",
     "SortedLogitsKD",
+    "Subquadratic",
     "Swing",
     "TinyViT",
     "TopKD",

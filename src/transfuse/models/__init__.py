@@ -14,6 +14,7 @@ from torch import nn
 from transfuse.core.registry import call_named
 from transfuse.models.cnn import SmallCNN
 from transfuse.models.lm import DecoderLM
+from transfuse.models.mixers import MIXERS, subquadratic_student
 from transfuse.models.mlp import MLP
 from transfuse.models.resnet import ResNet, resnet8, resnet20
 from transfuse.models.smollm2 import fewer_layers, halved_smollm2, smollm2, smollm2_tokenizer
@@ -21,6 +22,7 @@ from transfuse.models.sphere import SphereClassifier
 from transfuse.models.vit import ViTTiny
 
 __all__ = [
+    "MIXERS",
     "MLP",
     "MODELS",
     "DecoderLM",
@@ -35,6 +37,7 @@ __all__ = [
     "resnet20",
     "smollm2",
     "smollm2_tokenizer",
+    "subquadratic_student",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -31,6 +31,12 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.proj(x.transpose(1, 2).flatten(2))
 
+    def matrix(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much every token takes of every other, `(batch, heads, tokens, tokens)`; rows sum to 1."""
+        query, key, _ = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+
 
 class Block(nn.Module):
     """Attention, then a two-layer perceptron, each on normalised input and added to the stream."""
