@@ -14,7 +14,7 @@ from helpers import CNN, VOCABULARY, digest, images, language_model, ragged_toke
 from torch import Tensor
 from torch.utils.data import Subset
 
-from transfuse import transfer
+from transfuse import Transfer, transfer
 from transfuse.core.batch import Batch
 from transfuse.core.checkpoint import load_state
 from transfuse.core.errors import CapabilityError, InputError, ShapeError, StoreError
@@ -184,6 +184,47 @@ def test_another_teacher_form_or_tokenizer_is_refused(tmp_path):
         TeacherStore(tmp_path / "nowhere")
 
 
+def test_a_teacher_is_known_by_where_its_weights_stand(tmp_path):
+    teacher = language_model(1)
+    TeacherStore.build(tmp_path / "s", teacher, Rows(), say=quiet)
+    matrix = next(p for p in teacher.parameters() if p.dim() == 2)
+    with torch.no_grad():
+        matrix.copy_(matrix.flip(0))  # the same numbers in other rows
+    with pytest.raises(StoreError, match="another teacher"):
+        TeacherStore.build(tmp_path / "s", teacher, Rows(), say=quiet)
+
+
+def test_a_build_goes_on_only_with_the_same_data(tmp_path):
+    build(tmp_path / "s")
+    (tmp_path / "s" / "shard-000001.safetensors").unlink()
+    other = {k: v.flip(0) for k, v in TEXT.items()}
+    with pytest.raises(StoreError, match="another data"):
+        TeacherStore.build(tmp_path / "s", language_model(1), Rows(other), batch_size=4, shard_size=3, say=quiet)
+
+
+@pytest.mark.parametrize("keep", [*FORMS, Layers(("blocks.0",)), Layers(("blocks.0",), pooled=True)], ids=str)
+def test_a_sample_without_tokens_has_an_empty_answer(keep, tmp_path):
+    text = {k: v.clone() for k, v in TEXT.items()}
+    text["attention_mask"][2] = 0
+    store = TeacherStore.build(tmp_path / "s", language_model(1), Rows(text), keep, say=quiet)
+    for rows in ([2], [1, 2]):
+        found = store.read(batch(rows, text))
+        values = [*found.features.values()] if isinstance(keep, Layers) else [found.raw]
+        assert all(v.isfinite().all() for v in values if isinstance(v, Tensor))
+
+
+def test_answers_that_are_no_numbers_and_temperatures_that_mean_nothing_are_refused(tmp_path):
+    broken = language_model(1)
+    with torch.no_grad():
+        next(p for p in broken.parameters() if p.dim() == 2).fill_(torch.nan)
+    for i, keep in enumerate(FORMS):
+        with pytest.raises((StoreError, InputError), match="not numbers"):
+            TeacherStore.build(tmp_path / str(i), broken, Rows(), keep, say=quiet)
+    for keep, temperature in ((Draws(), 0.0), (Draws(), -1.0), (Dense(), 2.0), (Layers(), 2.0)):
+        with pytest.raises(InputError, match=f"temperature is {temperature}"):
+            build(tmp_path / "t", keep, temperature=temperature)
+
+
 def test_edited_text_and_unknown_samples_are_named(tmp_path):
     store = build(tmp_path / "s")
     edited = {k: v.clone() for k, v in TEXT.items()}
@@ -197,7 +238,7 @@ def test_edited_text_and_unknown_samples_are_named(tmp_path):
         store.read(Batch(inputs=batch([1]).inputs))
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "index"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "index", "header"])
 def test_damage_is_found_and_named(how, tmp_path):
     build(tmp_path / "s")
     records = tmp_path / "s" / "shard-000001.bin"
@@ -209,6 +250,12 @@ def test_damage_is_found_and_named(how, tmp_path):
         with pytest.raises(StoreError, match=r"the answer for sample [345] in .*shard-000001.bin is damaged"):
             store.read(batch([3, 4, 5]))
         store.read(batch([0, 9]))
+        return
+    if how == "header":
+        header = tmp_path / "s" / "store.json"
+        header.write_text(header.read_text().replace(f'"classes": {VOCABULARY}', f'"classes": {VOCABULARY + 1}'))
+        with pytest.raises(StoreError, match="store.json does not agree with its checksum"):
+            TeacherStore(tmp_path / "s")
         return
     if how == "truncated":
         records.write_bytes(content[:-1])
@@ -240,12 +287,9 @@ def test_a_student_learns_from_it_as_from_a_teacher(keep, method, tmp_path):
         "task": "language-model",
         "compare": ["scratch", "shuffled teacher"],
         "batch_size": 3,
-        "micro_batch": 2,
         "steps": 6,
         "out": tmp_path / "run",
     }
-    if "shuffled teacher" in given["compare"]:
-        given |= {"micro_batch": None}
     result = transfer(copy.deepcopy(method), source=store, **given)
     assert result.report.source is not None
     assert digest(result.model) != digest(given["target"])
@@ -254,6 +298,29 @@ def test_a_student_learns_from_it_as_from_a_teacher(keep, method, tmp_path):
         live = transfer(copy.deepcopy(method), source=language_model(1), **{**given, "out": None})
         for a, b in zip(result.model.parameters(), live.model.parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_runs_of_several_seeds_in_micro_batches_go_on_where_they_were_killed(tmp_path):
+    store = build(tmp_path / "s", Draws(9))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        seen.append(0)
+        if len(seen) == 9:
+            raise Killed
+
+    def prepared(folder: str, **more: Any) -> Transfer:
+        given = {"data": Subset(Rows(), [8, 1, 4, 6, 2, 3]), "task": "language-model", "seeds": [0, 1], "steps": 6}
+        given |= {"batch_size": 3, "micro_batch": 2, "checkpoint_every": 1, "out": tmp_path / folder}
+        return Transfer(RSKD(), TeacherStore(store.folder), lambda: language_model(0), **given, **more)
+
+    seen: list[int] = []
+    with pytest.raises(Killed):
+        prepared("cut", listener=kill).run()
+    cut, whole = prepared("cut").run(resume=True), prepared("whole").run()
+    assert digest(cut.model) == digest(whole.model)
 
 
 def test_pooled_layers_are_embeddings(tmp_path):
@@ -311,7 +378,11 @@ def test_a_service_s_top_log_probabilities_become_a_store(tmp_path):
     store = import_openai(tmp_path / "s", tmp_path / "answers.jsonl", Rows(), Tokenizer(), VOCABULARY)
     found = store.read(batch([3])).raw
     at = len(rows[3]) - 2
-    assert torch.allclose(found.log_probabilities[0, at], log_p[3, at].topk(3).values, atol=1e-5)
+    spoken = rows[3][-1]
+    told = {*log_p[3, at].topk(3).indices.tolist(), spoken}  # what was chosen is told as well
+    kept = found.log_probabilities[0, at].isfinite()
+    assert set(found.ids[0, at][kept].tolist()) == told
+    assert torch.allclose(found.log_probabilities[0, at][kept], log_p[3, at, found.ids[0, at][kept]], atol=1e-5)
     assert (found.log_probabilities[0, :at] == -torch.inf).all()
     transfer(KD(temperature=1.0), store, language_model(), Rows(), task="language-model", steps=2, batch_size=5)
     with pytest.raises(StoreError, match="response 2 has 1 tokens that are not those of sample 2"):

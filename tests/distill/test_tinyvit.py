@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -103,6 +104,39 @@ def test_killed_it_goes_on_and_other_stores_are_refused(tmp_path):
         ViewStore(tmp_path, crop_flip_erase)
     with pytest.raises(StoreError, match="no store of views"):
         ViewStore(tmp_path / "nowhere", crop_flip_erase)
+
+
+def test_other_images_and_damaged_records_are_named(tmp_path):
+    store = build(tmp_path)
+    edited = PICTURES.clone()
+    edited[7, 0, 0, 0] += 1
+    data = store.dataset(edited)
+    data[6]
+    for number in (7, 27):
+        with pytest.raises(StoreError, match="image 7 is not what the teacher"):
+            data[number]
+    with pytest.raises(StoreError, match="image 0 is not .*another order"):
+        store.dataset(PICTURES.flip(0))[0]
+    with pytest.raises(StoreError, match="another images"):
+        ViewStore.build(tmp_path, CNN(seed=1), edited, crop_flip_erase, k=2, epochs=2)
+    records = tmp_path / "epoch-1.bin"
+    content = bytearray(records.read_bytes())
+    content[12 * 5 + 3] ^= 1
+    records.write_bytes(content)
+    data = build(tmp_path).dataset(PICTURES)
+    data[5]
+    with pytest.raises(StoreError, match=r"image 5 in .*epoch-1.bin is damaged"):
+        data[25]
+    (tmp_path / "images.crc").write_bytes(b"nothing")
+    with pytest.raises(StoreError, match=r"images.crc has 7 bytes, 80 were written"):
+        ViewStore(tmp_path, crop_flip_erase)
+
+
+def test_a_copy_in_a_worker_maps_the_files_itself(tmp_path):
+    store = build(tmp_path)
+    content = pickle.dumps(store)
+    assert len(content) < 1000
+    assert pickle.loads(content).read(1, 3)[0] == store.read(1, 3)[0]
 
 
 class Wide(nn.Module):

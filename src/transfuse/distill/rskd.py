@@ -81,7 +81,7 @@ class RSKD(Distillation):
         drawn = []
         for part in whole[mask].split(CHUNK):
             logits = Projection(part, scores.weight, scores.bias).dense() if isinstance(scores, Projection) else part
-            drawn.append(draw_tokens(logits.float().cpu().clone(), self.draws, seed))
+            drawn.append(draw_tokens(logits.float().cpu(), self.draws, seed))
         counts = torch.zeros_like(ids)
         if drawn:
             ids[mask] = torch.cat(drawn).sort(-1).values.to(ids.device)

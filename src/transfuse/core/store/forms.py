@@ -17,8 +17,9 @@ from torch import Tensor
 from transfuse.core.errors import InputError
 from transfuse.losses.scores import Sampled, TopK
 
-DTYPES = {"float16": np.float16, "float32": np.float32}
-BLOCK = 64
+DTYPES: dict[str, Any] = {"float16": np.float16, "float32": np.float32}
+BLOCK, ROWS = 64, 16
+NO_NUMBERS = "not numbers: look at its weights, its inputs and its precision"
 
 
 class Form:
@@ -34,7 +35,7 @@ class Form:
         """The entries of some tokens of one sample, with the tokens first.
 
         Args:
-            logits: `(tokens, classes)` float32, already divided by the temperature; may be overwritten.
+            logits: `(tokens, classes)` float32, already divided by the temperature.
             draw: the sample's own random numbers.
         """
         raise NotImplementedError
@@ -169,7 +170,7 @@ class Draws(Form):
         four = np.zeros((len(three) // 3, 4), np.uint8)
         four[:, :3] = three.reshape(-1, 3)
         pairs = torch.from_numpy(four.view("<u4")[:, 0].astype(np.int64))
-        there = torch.arange(int(distinct.max())) < torch.from_numpy(distinct)[:, None]
+        there = torch.arange(max(distinct.tolist(), default=0)) < torch.from_numpy(distinct)[:, None]
         ids, counts = torch.zeros(there.shape, dtype=torch.long), torch.zeros(there.shape, dtype=torch.long)
         ids[there], counts[there] = pairs & (2**17 - 1), pairs >> 17
         return Sampled(ids, counts, classes, temperature)
@@ -208,14 +209,24 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     """n tokens of each row, drawn with replacement from its softmax, `(tokens, n)`.
 
     The inverse of the distribution function, summed in float64: first over blocks of classes, then within the block.
+    A few rows are worked on at a time, as many as fit into a processor's cache.
 
     Args:
-        logits: `(tokens, classes)` float32; overwritten.
+        logits: `(tokens, classes)` float32.
+
+    Raises:
+        InputError: a row has no largest number.
     """
+    if len(logits) > ROWS:
+        return torch.cat([draw_tokens(rows, n, draw) for rows in logits.split(ROWS)])
     tokens, classes = logits.shape
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK)).view(tokens, -1, BLOCK)
-    until = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    weights = logits.softmax(-1)
+    if classes % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK))
+    weights = weights.unflatten(-1, (-1, BLOCK))
+    until = weights.sum(-1).cumsum(-1, dtype=torch.float64)
+    if not until[:, -1].isfinite().all():
+        raise InputError(f"nothing can be drawn from a teacher whose logits are {NO_NUMBERS}")
     at = torch.rand(tokens, n, generator=draw, dtype=torch.float64) * until[:, -1:]
     block = torch.searchsorted(until, at, right=True).clamp(max=until.shape[1] - 1)
     before = torch.cat([until.new_zeros(tokens, 1), until], 1).gather(1, block)

@@ -53,8 +53,8 @@ def import_openai(
             )
         found = []
         for i, entry in zip(at, content, strict=True):
-            known = {ids[b]: e["logprob"] for e in entry.get("top_logprobs", []) if (b := _bytes(e)) in ids}
-            found.append((i - 1, known or {tokens[i]: entry["logprob"]}))
+            known = {ids[b]: e["logprob"] for e in entry.get("top_logprobs") or [] if (b := _bytes(e)) in ids}
+            found.append((i - 1, known | {tokens[i]: entry["logprob"]}))  # what was chosen may not be among the top
         return found
 
     return _import(folder, responses, data, tokenizer, classes, positions)
@@ -123,6 +123,7 @@ def _import(
         "by_token": True,
         "layers": {},
         "teacher": "imported",
+        "data": what_is_asked(stream.fetch(torch.tensor([0, stream.size - 1]))),
         "tokenizer": tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "get_vocab") else None,
         "seed": 0,
         "samples": stream.size,

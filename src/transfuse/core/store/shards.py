@@ -143,6 +143,11 @@ class Shards:
         return self._maps[shard]
 
 
+def bytes_of(tensor: Tensor) -> bytes:
+    """The content of a tensor of any type, row by row."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def what_is_asked(batch: Batch) -> list[int]:
     """A hash of each sample's inputs, 63 bits; padding does not count.
 
@@ -158,6 +163,6 @@ def what_is_asked(batch: Batch) -> list[int]:
             one = value[row]
             if real is not None and one.shape == real[row].shape:
                 one = one[real[row].bool()]
-            content.update(f"{name} {one.dtype} {tuple(one.shape)}".encode() + one.contiguous().numpy().tobytes())
+            content.update(f"{name} {one.dtype} {tuple(one.shape)}".encode() + bytes_of(one))
         found.append(int.from_bytes(content.digest()) >> 1)
     return found

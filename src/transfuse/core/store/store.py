@@ -6,23 +6,24 @@ import hashlib
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from transfuse.core import rng
 from transfuse.core.batch import Batch
-from transfuse.core.checks import fingerprint
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.files import make_folder, write_atomically
 from transfuse.core.output_layer import find_output_layer, left_out
 from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision, modes_kept
-from transfuse.core.store.forms import Draws, Form, Layers, form_of
-from transfuse.core.store.shards import Record, Shards, shard_path, what_is_asked, write_shard
+from transfuse.core.store.forms import DTYPES, NO_NUMBERS, Dense, Draws, Form, Layers, form_of
+from transfuse.core.store.shards import Record, Shards, bytes_of, shard_path, what_is_asked, write_shard
 from transfuse.core.streams import Indexed, as_data
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import Recorded
@@ -88,16 +89,16 @@ class TeacherStore(Recorded):
     def _features(
         self, records: list[memoryview], tokens: list[int], place: Callable[[Tensor], Tensor], device: torch.device
     ) -> dict[str, Tensor]:
-        dtype = getattr(torch, self.form.dtype)  # type: ignore[attr-defined]
+        dtype = np.dtype(DTYPES[self.form.dtype])  # type: ignore[attr-defined]
         found, begin = {}, [0] * len(records)
         for name, (by_token, shape) in self.header["layers"].items():
             rows = []
             for i, (record, count) in enumerate(zip(records, tokens, strict=True)):
                 size = (count if by_token else 1) * math.prod(shape) * dtype.itemsize
-                part = torch.frombuffer(bytearray(record[begin[i] : begin[i] + size]), dtype=dtype)
-                rows.append(part.view(-1, *shape))
+                rows.append(record[begin[i] : begin[i] + size])
                 begin[i] += size
-            whole = torch.cat(rows).float()
+            values = np.frombuffer(b"".join(rows), dtype).reshape(-1, *shape)
+            whole = torch.from_numpy(values.astype(np.float32))
             found[name] = (place(whole) if by_token else whole).to(device)
         return found
 
@@ -133,7 +134,8 @@ class TeacherStore(Recorded):
             data: what students will be trained on, as :func:`transfuse.transfer` takes it: samples with a number.
             keep: what to keep of an answer; by default 50 draws per token.
             task: `"language-model"` or `"token-classification"`, which are answered by token, or `"classification"`.
-            temperature: divides the logits. What is kept in part cannot be softened afterwards.
+            temperature: divides the logits. What is kept in part cannot be softened afterwards; all logits can, so
+                they are kept as they are.
             batch_size: samples that the teacher reads at once.
             tokenizer: of the data; its fingerprint is kept, and compared with a student's.
             seed: of what is drawn; a sample's draws follow from it and the sample's id, whatever was killed.
@@ -153,6 +155,11 @@ class TeacherStore(Recorded):
         if not isinstance(stream, Indexed):
             raise InputError("a store is read by the number of a sample: pass a data set, not a loader or an iterator")
         form, path = keep or Draws(), Path(folder)
+        if not temperature > 0 or (temperature != 1 and isinstance(form, Dense | Layers)):
+            raise InputError(
+                f"temperature is {temperature}: it must be above 0, and 1 for {form}, whose answers a method divides "
+                "by its own temperature"
+            )
         builder = _Builder(teacher, stream, form, task, temperature, seed)
         shards = math.ceil(stream.size / shard_size)
         header = {
@@ -162,7 +169,8 @@ class TeacherStore(Recorded):
             "temperature": temperature,
             "by_token": builder.by_token,
             "layers": builder.layers,
-            "teacher": sum(fingerprint(teacher).values()),
+            "teacher": teacher_fingerprint(teacher),
+            "data": what_is_asked(stream.fetch(torch.tensor([0, stream.size - 1]))),
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             "seed": seed,
             "samples": stream.size,
@@ -236,24 +244,30 @@ class _Builder:
         for i, sample in enumerate(batch.index.tolist()):
             chosen = None if real is None else real[i]
             draw = torch.Generator().manual_seed(rng.derive(self.seed, "draws", sample))
-            content, tokens = self._one(outputs, i, chosen, draw)
+            content, tokens = self._one(outputs, i, chosen, draw, sample)
             yield Record(sample, asked[i], tokens, content)
 
     @torch.no_grad()
-    def _one(self, outputs: Outputs, i: int, real: Tensor | None, draw: torch.Generator) -> tuple[bytes, int]:
+    def _one(
+        self, outputs: Outputs, i: int, real: Tensor | None, draw: torch.Generator, sample: int
+    ) -> tuple[bytes, int]:
         if isinstance(self.form, Layers):
             return self._features(outputs, i, real)
         scores = outputs.scores
         assert isinstance(scores, Projection | Tensor)
         whole = scores.hidden if isinstance(scores, Projection) else scores
         rows = whole[i : i + 1] if not self.by_token else whole[i] if real is None else whole[i][real]
-        if isinstance(scores, Projection):
-            parts = [Projection(h, scores.weight, scores.bias).dense() for h in rows.split(CHUNK)]
-        else:
-            parts = [part.clone() for part in rows.split(CHUNK)]
-        taken = [self.form.take(full_precision(p).cpu() / self.temperature, draw) for p in parts]
+        parts: Iterator[Tensor] = iter(rows.split(CHUNK))
+        if isinstance(scores, Projection):  # one after the other, so that no two of them exist
+            parts = (Projection(part, scores.weight, scores.bias).dense() for part in rows.split(CHUNK))
+        # Nothing is divided by 1, for that takes as long as a part of the drawing.
+        kept = (full_precision(part).cpu() for part in parts)
+        cooled = kept if self.temperature == 1 else (part / self.temperature for part in kept)
+        taken = [self.form.take(part, draw) for part in cooled]
         entries = {name: torch.cat([t[name] for t in taken]) for name in taken[0]}
-        return self.form.pack(entries), sum(map(len, parts))
+        if any(entry.isnan().any() for entry in entries.values()):
+            raise StoreError(f"what the teacher says about sample {sample} is {NO_NUMBERS}")
+        return self.form.pack(entries), len(rows)
 
     def _features(self, outputs: Outputs, i: int, real: Tensor | None) -> tuple[bytes, int]:
         assert isinstance(self.form, Layers)
@@ -264,7 +278,7 @@ class _Builder:
             if along or self._pools(one):
                 one = one if real is None else one[real]
                 tokens = len(one)
-                one = one if along else one.mean(0)
+                one = one if along else one.sum(0) / max(tokens, 1)
             content += one.to(getattr(torch, self.form.dtype)).cpu().contiguous().numpy().tobytes()
         return content, tokens
 
@@ -276,6 +290,15 @@ class _Builder:
         if self.taps:
             return Outputs(None, features)
         return Outputs(projections[-1] if projections else find_logits(raw))
+
+
+def teacher_fingerprint(teacher: nn.Module) -> str:
+    """A hash over the names, types, shapes and content of a model's parameters and buffers."""
+    content = hashlib.blake2b(type(teacher).__name__.encode(), digest_size=16)
+    for name, value in sorted(teacher.state_dict().items()):
+        if isinstance(value, Tensor) and not value.is_meta:
+            content.update(f"{name} {value.dtype} {tuple(value.shape)} {zlib.crc32(bytes_of(value))}".encode())
+    return content.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -295,9 +318,16 @@ def _read_header(folder: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"there is no store in {folder} ({error}): build one with TeacherStore.build") from None
-    if header.get("format") != FORMAT:
-        raise StoreError(f"the store in {folder} has format {header.get('format')}, this version reads {FORMAT}")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise StoreError(f"the store in {folder} has format {found}, this version reads {FORMAT}")
+    if header.pop("checksum", None) != _checksum(header):
+        raise StoreError(f"{folder / HEADER} does not agree with its checksum: it was edited or damaged, build again")
     return header
+
+
+def _checksum(header: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode())
 
 
 def _agree(folder: Path, header: dict[str, Any]) -> None:
@@ -305,7 +335,7 @@ def _agree(folder: Path, header: dict[str, Any]) -> None:
     make_folder(folder)
     given = json.loads(json.dumps(header))
     if not (folder / HEADER).exists():
-        write_atomically(folder / HEADER, json.dumps(header, indent=2) + "\n")
+        write_atomically(folder / HEADER, json.dumps({**given, "checksum": _checksum(given)}, indent=2) + "\n")
         return
     before = _read_header(folder)
     if different := [k for k in given if before.get(k) != given[k]]:

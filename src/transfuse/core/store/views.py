@@ -2,11 +2,14 @@
 
 A record is an int32 seed, K float16 probabilities and K int16 classes, `4 + 4 * K` bytes: the augmentation under that
 seed gives the view again, bit by bit. (TinyViT: Wu et al., 2022, arXiv:2207.10666.)
+
+Beside them lie checksums: `epoch-N.crc` of each record, written last, and `images.crc` of each image, 4 bytes each.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from transfuse.core import rng
-from transfuse.core.checks import fingerprint
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.files import make_folder, temporary, write_atomically
 from transfuse.core.outputs import call, find_logits, modes_kept
+from transfuse.core.store.forms import NO_NUMBERS
+from transfuse.core.store.shards import bytes_of
+from transfuse.core.store.store import teacher_fingerprint
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """From an image and its own random numbers to a view; it must draw from nothing else."""
 HEADER = "views.json"
+CHECKSUM = np.dtype("<u4")
 
 
 class ViewStore:
@@ -35,7 +41,8 @@ class ViewStore:
         augment: as it was built with.
 
     Raises:
-        StoreError: there is no store, an epoch of it is missing or has another size, or the augmentation is another.
+        StoreError: there is no store, an epoch of it is missing, has another size or is damaged, or the augmentation is
+            another.
     """
 
     def __init__(self, folder: str | Path, augment: Augment):
@@ -50,7 +57,12 @@ class ViewStore:
             )
         self.k, self.classes, self.samples = (self.header[name] for name in ("k", "classes", "samples"))
         self.epochs: int = self.header["epochs"]
-        self._maps = [self._map(epoch) for epoch in range(self.epochs)]
+        self._images = self._map("images.crc", CHECKSUM)
+        self._records = [self._map(f"epoch-{epoch}.bin", _record_type(self.k)) for epoch in range(self.epochs)]
+        self._checksums = [self._map(f"epoch-{epoch}.crc", CHECKSUM) for epoch in range(self.epochs)]
+
+    def __reduce__(self) -> Any:
+        return ViewStore, (self.folder, self.augment)  # a worker maps the files itself
 
     @classmethod
     def build(
@@ -73,7 +85,8 @@ class ViewStore:
 
         Raises:
             InputError: k is out of range, or the classes do not fit into 16 bits.
-            StoreError: the folder holds views of something else, or cannot be written.
+            StoreError: the folder holds views of something else, or cannot be written; or the teacher's answers are
+                not numbers.
         """
         with torch.no_grad(), modes_kept(teacher):
             classes = find_logits(call(teacher.eval(), images[:1])).shape[-1]
@@ -81,6 +94,7 @@ class ViewStore:
             raise InputError(f"k must be at least 1 and below the teacher's {classes} classes, found {k}")
         if classes > 32767:
             raise InputError(f"classes are stored in 16 bits, and the teacher has {classes}: 32767 at most")
+        asked = np.array([_asked(image) for image in images], CHECKSUM).tobytes()
         header = {
             "k": k,
             "classes": classes,
@@ -88,7 +102,8 @@ class ViewStore:
             "epochs": epochs,
             "seed": seed,
             "augment": _name(augment),
-            "teacher": sum(fingerprint(teacher).values()),
+            "teacher": teacher_fingerprint(teacher),
+            "images": zlib.crc32(asked),
         }
         path = Path(folder)
         make_folder(path)
@@ -98,16 +113,32 @@ class ViewStore:
                 raise StoreError(f"{path} holds views with another {' and '.join(different)}: choose another folder")
         else:
             write_atomically(path / HEADER, json.dumps(header, indent=2) + "\n")
+        write_atomically(path / "images.crc", asked)
         for epoch in range(epochs):
-            if not (path / f"epoch-{epoch}.bin").exists():
-                with temporary(path / f"epoch-{epoch}.bin") as partial, partial.open("wb") as file:
+            written, sums = path / f"epoch-{epoch}.bin", path / f"epoch-{epoch}.crc"
+            if not (written.exists() and sums.exists()):
+                checksums: list[int] = []
+                with temporary(written) as partial, partial.open("wb") as file:
                     for rows in torch.arange(len(images)).split(batch_size):
-                        file.write(_records(teacher, images[rows], rows, augment, k, seed, epoch))
+                        records = _records(teacher, images[rows], rows, augment, k, seed, epoch)
+                        checksums += [zlib.crc32(record.tobytes()) for record in records]
+                        file.write(records.tobytes())
+                write_atomically(sums, np.array(checksums, CHECKSUM).tobytes())
         return cls(path, augment)
 
     def read(self, epoch: int, sample: int) -> tuple[int, Tensor, Tensor]:
-        """The seed of a view, and the kept probabilities and classes, `(k,)` each."""
-        record = self._maps[epoch][sample]
+        """The seed of a view, and the kept probabilities and classes, `(k,)` each.
+
+        Raises:
+            StoreError: the record is damaged.
+        """
+        record = self._records[epoch][sample]
+        if zlib.crc32(record.tobytes()) != self._checksums[epoch][sample]:
+            path = self.folder / f"epoch-{epoch}.bin"
+            raise StoreError(
+                f"the answer about image {sample} in {path} is damaged: it does not agree with its checksum. Remove "
+                "that file and build the store again"
+            )
         values = torch.tensor(record["values"].astype(np.float32))
         return int(record["seed"]), values, torch.tensor(record["ids"].astype(np.int64))
 
@@ -120,6 +151,18 @@ class ViewStore:
         if len(images) != self.samples:
             raise StoreError(f"the views in {self.folder} are of {self.samples} images, found {len(images)}")
         return _Views(self, images)
+
+    def require(self, sample: int, image: Tensor) -> None:
+        """Check that this is the image that the teacher saw.
+
+        Raises:
+            StoreError: it is not.
+        """
+        if _asked(image) != self._images[sample]:
+            raise StoreError(
+                f"image {sample} is not what the teacher of the views in {self.folder} saw: it was edited, or the "
+                "images stand in another order: build the store again on these images"
+            )
 
     def view(self, image: Tensor, seed: int) -> Tensor:
         """The view of an image under a seed."""
@@ -138,8 +181,8 @@ class ViewStore:
         values, stored = torch.stack([v for _, v, _ in found]), torch.stack([c for _, _, c in found])
         return {"difference": float((p - values).abs().mean()), "mismatches": float((ids != stored).float().mean())}
 
-    def _map(self, epoch: int) -> np.ndarray:
-        path, kind = self.folder / f"epoch-{epoch}.bin", _record_type(self.k)
+    def _map(self, name: str, kind: np.dtype[Any]) -> np.ndarray:
+        path = self.folder / name
         size, written = path.stat().st_size if path.exists() else None, self.samples * kind.itemsize
         if size != written:
             raise StoreError(
@@ -158,6 +201,7 @@ class _Views(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         epoch, sample = divmod(number, len(self.images))
+        self.store.require(sample, self.images[sample])
         seed, values, ids = self.store.read(epoch, sample)
         return {"inputs": self.store.view(self.images[sample], seed), "values": values, "ids": ids}
 
@@ -165,14 +209,20 @@ class _Views(Dataset[dict[str, Tensor]]):
 @torch.no_grad()
 def _records(
     teacher: nn.Module, images: Tensor, rows: Tensor, augment: Augment, k: int, seed: int, epoch: int
-) -> bytes:
+) -> np.ndarray:
     seeds = [rng.derive(seed, "view", epoch, row) % 2**31 for row in rows.tolist()]
     views = [augment(image, torch.Generator().manual_seed(s)) for image, s in zip(images, seeds, strict=True)]
     with modes_kept(teacher):
         kept = find_logits(call(teacher.eval(), torch.stack(views))).float().softmax(-1).topk(k)
+    if (broken := kept.values.isnan().any(-1)).any():
+        raise StoreError(f"what the teacher says about image {int(rows[broken][0])} is {NO_NUMBERS}")
     records = np.zeros(len(rows), _record_type(k))
     records["seed"], records["values"], records["ids"] = seeds, kept.values.numpy(), kept.indices.numpy()
-    return records.tobytes()
+    return records
+
+
+def _asked(image: Tensor) -> int:
+    return zlib.crc32(f"{image.dtype} {tuple(image.shape)}".encode() + bytes_of(image))
 
 
 def _record_type(k: int) -> np.dtype[Any]:
