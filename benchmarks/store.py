@@ -83,6 +83,7 @@ class Sharp(torch.nn.Module):
 
     def __init__(self, vocabulary: int):
         super().__init__()
+        self.scores: Tensor
         self.register_buffer("scores", -2.0 * torch.arange(1.0, vocabulary + 1).log())
 
     def forward(self, tokens: Tensor) -> Tensor:

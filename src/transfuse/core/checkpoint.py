@@ -69,7 +69,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers as a plain safetensors file; tied tensors are written once."""
     state = model.state_dict()
-    tied = _tied(state)
+    tied = tied_names(state)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items() if k not in tied}
     # One entry, for safetensors writes several in a random order, and equal models should be equal files.
     facts = {"tied": tied, "crc": _checksum(json.dumps(tied), tensors)}
@@ -94,7 +94,7 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
             raise StoreError(f"{path} was altered after it was written: it does not agree with its checksum")
         state |= {key: state[owner] for key, owner in tied.items()}
     own = model.state_dict()
-    state |= {key: state[owner] for key, owner in _tied(own).items() if key not in state and owner in state}
+    state |= {key: state[owner] for key, owner in tied_names(own).items() if key not in state and owner in state}
     differences = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     differences += [
         f"{k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}"
@@ -174,7 +174,7 @@ def _number(path: Path) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
-def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Names that stand for the same memory as an earlier name, with that name."""
     first: dict[tuple[Any, ...], str] = {}
     owners = {k: first.setdefault((t.data_ptr(), t.shape, t.stride()), k) for k, t in state.items() if t.numel()}

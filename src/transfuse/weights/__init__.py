@@ -1,0 +1,10 @@
+"""Knowledge in weights: merging checkpoints, task vectors, adapters, growth and pruning.
+
+Read :mod:`transfuse.weights.base` first.
+"""
+
+from transfuse.weights.base import Merge
+from transfuse.weights.composed import Composed
+from transfuse.weights.linear import Linear
+
+__all__ = ["Composed", "Linear", "Merge"]

@@ -1,0 +1,44 @@
+import copy
+
+import pytest
+import torch
+from helpers import CNN, images
+
+from transfuse import transfer
+from transfuse.core.errors import InputError
+from transfuse.weights import Linear
+from transfuse.weights.base import settled
+from transfuse.weights.checkpoint import InMemory
+from transfuse.weights.engine import depths_of
+
+
+def test_settings_are_settled_for_one_tensor():
+    by_name = {"*.mlp.*": {"depth": [0.0, 1.0]}, "*": [0.25, {"depth": [1, 0, 1]}]}
+    assert settled(by_name, "layers.1.mlp.up", 0.25) == 0.25
+    assert settled(by_name, "layers.1.attn", 0.25) == [0.25, 0.5]
+    assert settled(0.3, "anything", 1.0) == 0.3
+    with pytest.raises(InputError, match="no value for 'head'"):
+        settled({"body.*": 1.0}, "head", 0.0)
+
+
+def test_a_merge_is_made_for_one_tensor_and_checked_by_its_own_arguments():
+    method = Linear([{"depth": [0.0, 1.0]}, {"depth": [1.0, 0.0]}])
+    assert method.at("x", 0.25).weight == [0.25, 0.75]
+    assert Linear(0.5).at("x", 0.25).weight == 0.5
+
+
+def test_depths_run_from_the_first_numbered_layer_to_the_last():
+    state = {"embed": 0, "layers.0.w": 0, "layers.1.w": 0, "layers.2.w": 0, "norm": 0, "head": 0}
+    depths = depths_of(InMemory({k: torch.zeros(1) for k in state}))
+    assert list(depths.values()) == [0.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_the_average_of_models_in_memory_by_hand():
+    models, target = [CNN(seed=s) for s in (1, 2)], CNN()
+    before = copy.deepcopy(target.state_dict())
+    merged = transfer(Linear([3.0, 1.0]), models, target, test=images()).model
+    for key, value in merged.state_dict().items():
+        a, b = (m.state_dict()[key] for m in models)
+        assert torch.allclose(value, 0.75 * a + 0.25 * b, atol=1e-7)
+    assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
+    assert type(merged) is CNN
