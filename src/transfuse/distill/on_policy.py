@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from transfuse.core.batch import Batch, align_tokens, token_ids
+from transfuse.core.batch import Batch, align_tokens, real_tokens, token_ids
 from transfuse.core.errors import InputError
 from transfuse.losses import IGNORE
 
@@ -23,10 +21,8 @@ def prompts(batch: Batch, least: int) -> tuple[Tensor, Tensor]:
         InputError: a sample is not longer than its prompt.
     """
     tokens = token_ids(batch)
-    given = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    real = torch.ones_like(tokens, dtype=torch.bool) if given is None else given.bool()
     rows = []
-    for row, there, scored in zip(tokens, real, batch.mask, strict=True):
+    for row, there, scored in zip(tokens, real_tokens(batch), batch.mask, strict=True):
         first = int(scored.int().argmax()) if scored.any() else len(row) - 1
         marked = int(there[: first + 1].sum())  # 1 in plain text, which is scored from its second token on
         before = marked if marked > 1 else min(least, int(there.sum()))
