@@ -34,10 +34,11 @@ class DPKD(Distillation):
 
         h = log s(y_t) / t(y_t) - log s(y_s) / t(y_s)
 
-    Of tokens, h is at most 0, and 0 where both would say the same: there the preference teaches nothing, so labels are
-    needed beside it. Only the logits of a and c move. A second stream named `"pretraining"`, plain text, keeps the student a
-    language model: its loss, `(1 - alpha) * CE(label, student) + alpha * CE(teacher, student)`, is added with the
-    weight `plain`. The student starts from one tuned on labels: `Then(Labels(), DPKD())`, or a trained target.
+    Of tokens, h is at most 0, and 0 where both would say the same: there the preference teaches nothing, so labels
+    are needed beside it. Only the logits of a and c move. A second stream named `"pretraining"`, plain text, keeps
+    the student a language model: its loss, `(1 - alpha) * CE(label, student) + alpha * CE(teacher, student)`, is
+    added with the weight `plain`. The student starts from one tuned on labels: `Then(Labels(), DPKD())`, or a trained
+    target.
 
     Args:
         alpha: weight of the preference, in [0, 1).
