@@ -12,16 +12,18 @@ import inspect
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
-from transfuse.core.run import Run
 from transfuse.weights.checkpoint import Checkpoint, InMemory
+
+if TYPE_CHECKING:
+    from transfuse.core.batch import Batch
+    from transfuse.core.run import Run
 
 Setting = Any
 """A number; a list with one for each model; `{"depth": [a, b, ...]}`, interpolated from the first layer to the last; or
@@ -40,6 +42,9 @@ class Merge(Method):
     trains = False
     needs_base: ClassVar[bool] = False
     """Whether it reads the common ancestor; if not, `merge` may be given None."""
+    elementwise: ClassVar[bool] = False
+    """Whether each entry of a merged tensor follows from the same entries of the others, so that it can be computed in
+    pieces that stay in a processor's cache."""
     exactly: ClassVar[int | None] = None
     """How many models it merges, where that is fixed."""
 
@@ -59,7 +64,8 @@ class Merge(Method):
         Args:
             depth: where in the network it is, from 0 (the first layer, and what comes before it) to 1.
         """
-        given = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        named = inspect.signature(type(self)).parameters
+        given = {name: getattr(self, name) for name in named if hasattr(self, name)}  # some have no arguments
         if not any(isinstance(part, Mapping) for value in given.values() for part in _parts(value)):
             return self
         return type(self)(**{name: settled(value, key, depth, name) for name, value in given.items()})
