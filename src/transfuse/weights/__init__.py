@@ -1,10 +1,46 @@
 """Knowledge in weights: merging checkpoints, task vectors, adapters, growth and pruning.
 
-Read :mod:`transfuse.weights.base` first.
+Read :mod:`transfuse.weights.base` first. Merges of files: :mod:`transfuse.weights.engine`.
 """
 
 from transfuse.weights.base import Merge
+from transfuse.weights.breadcrumbs import Breadcrumbs
 from transfuse.weights.composed import Composed
+from transfuse.weights.dare import DARE
+from transfuse.weights.della import DELLA
+from transfuse.weights.engine import Merged, merge
+from transfuse.weights.karcher import Karcher
 from transfuse.weights.linear import Linear
+from transfuse.weights.model_stock import ModelStock
+from transfuse.weights.multislerp import MultiSLERP
+from transfuse.weights.nearswap import NearSwap
+from transfuse.weights.nuslerp import NuSLERP
+from transfuse.weights.passthrough import Passthrough
+from transfuse.weights.sce import SCE
+from transfuse.weights.slerp import SLERP
+from transfuse.weights.subspaces import TSVM, IsoC
+from transfuse.weights.task_arithmetic import TaskArithmetic
+from transfuse.weights.ties import TIES
 
-__all__ = ["Composed", "Linear", "Merge"]
+__all__ = [
+    "DARE",
+    "DELLA",
+    "SCE",
+    "SLERP",
+    "TIES",
+    "TSVM",
+    "Breadcrumbs",
+    "Composed",
+    "IsoC",
+    "Karcher",
+    "Linear",
+    "Merge",
+    "Merged",
+    "ModelStock",
+    "MultiSLERP",
+    "NearSwap",
+    "NuSLERP",
+    "Passthrough",
+    "TaskArithmetic",
+    "merge",
+]
