@@ -31,7 +31,7 @@ from transfuse.weights import (
     Passthrough,
     TaskArithmetic,
 )
-from transfuse.weights.sparsify import SMALL, keep_by_rank, keep_largest, keep_middle, keep_random, kth_largest
+from transfuse.weights.sparsify import SMALL, keep_by_rank, keep_largest, keep_middle, keep_random, least_kept
 
 KEY = "layers.0.w"
 ALL: list[tuple[Merge, int]] = [
@@ -198,8 +198,7 @@ def test_the_largest_and_the_middle_survive_and_ties_by_their_place(values, dens
     kept = max(1, int(density * len(values))) if density > 0 else 0
     wanted = [v if i in order[:kept] else 0.0 for i, v in enumerate(values)]
     assert keep_largest(torch.tensor(values), density).tolist() == wanted
-    if density < 1 and int(density * len(values)):
-        kept = int(density * len(values))
+    if density < 1:
         top = min(int(outliers * len(values)), len(values) - kept)
         wanted = [v if i in order[top : top + kept] else 0.0 for i, v in enumerate(values)]
         assert keep_middle(torch.tensor(values), density, outliers).tolist() == wanted
@@ -215,7 +214,7 @@ def test_a_sample_finds_the_threshold_of_many_exactly(kind):
     }[kind]  # fmt: skip
     ordered = x.sort(descending=True).values
     for k in (1, 2, 100, len(x) // 5, len(x) // 2, len(x) - 3, len(x)):
-        assert kth_largest(x, k) == ordered[k - 1]
+        assert least_kept(x.clone(), k) == ordered[k - 1]
     assert int(keep_largest(x + 1, 0.3).count_nonzero()) == int(0.3 * len(x))
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from transfuse.core import rng
 from transfuse.core.errors import InputError
 from transfuse.weights.base import Merge, weights_of
 
-PIECE = 2**18
+PIECE = 2**17
 """Entries whose signs are compared at once, as many as stay in a processor's cache."""
 
 
@@ -70,24 +72,40 @@ class Thinned(TaskVectorMerge):
         return total.mul_(self.scale)
 
 
-def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+def elected(
+    deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, least: Sequence[float] | None = None
+) -> Tensor:
     """The weighted sum, or mean, of those entries that have the sign of the weighted sum of all; where it is 0, plus.
 
     The first tensor is overwritten, and returned.
+
+    Args:
+        least: of each tensor, the magnitude below which entries count as 0.
     """
     flats = [delta.view(-1) for delta in deltas]
     for start in range(0, len(flats[0]), PIECE):
-        parts = torch.stack([flat[start : start + PIECE] for flat in flats])
-        scale = parts.new_tensor(weights)[:, None]
-        parts.mul_(scale)
-        positive = parts.sum(0) >= 0
-        agrees = torch.where(positive, parts > 0, parts < 0)
-        total = parts.mul_(agrees).sum(0)
+        parts = [flat[start : start + PIECE] for flat in flats]
+        if least is not None:  # what is at most this is zeroed, so it must be just below
+            below = [float(np.nextafter(np.float32(value), np.float32(0))) for value in least]
+            parts = [F.hardshrink(part, bound) for part, bound in zip(parts, below, strict=True)]
+        weighted = [part if w == 1 else part * w for part, w in zip(parts, weights, strict=True)]
+        sign = torch.copysign(parts[0].new_ones(()), _sum(weighted).add_(0.0))  # no zero is negative after that
+        agreeing = [(part * sign).clamp_(min=0) for part in weighted]
+        total = _sum(agreeing).mul_(sign)
         if normalize:
-            share = (agrees * scale).sum(0)
+            share = _sum(
+                [part.sign_().mul_(w) if w != 1 else part.sign_() for part, w in zip(agreeing, weights, strict=True)]
+            )
             total.div_(share.masked_fill_(share == 0, 1))
         flats[0][start : start + PIECE] = total
     return deltas[0]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return total
 
 
 def of_model(value: float | Sequence[float], number: int, models: int, name: str) -> float:

@@ -9,7 +9,7 @@ from transfuse.core.card import Card
 from transfuse.core.errors import InputError
 from transfuse.weights.base import Setting
 from transfuse.weights.deltas import TaskVectorMerge, elected, require_share
-from transfuse.weights.sparsify import kth_largest
+from transfuse.weights.sparsify import least_kept
 
 
 class SCE(TaskVectorMerge):
@@ -51,7 +51,7 @@ class SCE(TaskVectorMerge):
             count = int(self.density * int(variance.count_nonzero()))
             if not count:
                 return torch.zeros_like(deltas[0])
-            kept = variance >= kth_largest(variance.view(-1), count)
+            kept = variance >= least_kept(variance.view(-1), count)
             deltas = [delta.mul_(kept) for delta in deltas]
         learned = [float(delta.square().mean()) for delta in deltas]
         if not sum(learned):

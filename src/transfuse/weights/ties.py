@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from transfuse.core.card import Card
-from transfuse.weights.base import Setting
-from transfuse.weights.deltas import Thinned, of_model, require_share
-from transfuse.weights.sparsify import keep_largest
+from transfuse.weights.base import Setting, weights_of
+from transfuse.weights.deltas import TaskVectorMerge, elected, of_model, require_share
+from transfuse.weights.sparsify import kept, least_kept
 
 
-class TIES(Thinned):
+class TIES(TaskVectorMerge):
     """Keep the largest changes of each model, elect a sign for each entry, and average those that have it.
 
         trim:   tau_i keeps its `density` entries of largest magnitude, tensor by tensor
@@ -38,12 +39,18 @@ class TIES(Thinned):
         data="none",
         tasks=("classification", "language-model", "token-classification", "segmentation", "regression"),
     )
-    consensus = True
 
     def __init__(self, density: Setting = 0.2, weight: Setting = 1.0, scale: Setting = 1.0, normalize: bool = True):
         super().__init__()
         require_share("TIES: density", density)
         self.density, self.weight, self.scale, self.normalize = density, weight, scale, normalize
 
-    def thin(self, key: str, number: int, models: int, delta: Tensor) -> Tensor:
-        return keep_largest(delta, of_model(self.density, number, models, "TIES: density"))
+    def combine(self, key: str, deltas: list[Tensor]) -> Tensor:
+        weights, count = weights_of(self.weight, len(deltas), "TIES", normalize=False), len(deltas)
+        least = [self._trim(delta, of_model(self.density, i, count, "TIES: density")) for i, delta in enumerate(deltas)]
+        return elected(deltas, weights, self.normalize, least).mul_(self.scale)
+
+    def _trim(self, delta: Tensor, density: float) -> float:
+        """The smallest magnitude that survives; what is below is left out as signs are elected, in one go."""
+        survive = kept(density, delta.numel())
+        return least_kept(delta.view(-1), survive) if 0 < survive < delta.numel() else 0.0 if survive else torch.inf
