@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.errors import InputError, StoreError, nearest
+from transfuse.core.errors import InputError, StoreError, VocabularyError, nearest
 from transfuse.weights.checkpoint import Checkpoint, Spec
 from transfuse.weights.folder import open_checkpoint
 from transfuse.weights.ledger import Ledger, reconcile
 from transfuse.weights.linear import Linear
+from transfuse.weights.vocabulary import Vocabulary, Which, align, same_tokens
 
 if TYPE_CHECKING:
     from transfuse.weights.base import Merge
@@ -61,6 +62,7 @@ def merge(
     out: str | Path | None = None,
     *,
     dtype: str | None = None,
+    vocabulary: Which | None = None,
     shard_size: int = SHARD_SIZE,
     workers: int = WORKERS,
     resume: bool = False,
@@ -77,6 +79,8 @@ def merge(
         out: a folder to write to, which `from_pretrained` loads; None keeps the merged tensors in memory.
         dtype: of the merged floating-point tensors, for instance `"bfloat16"`; by default each has the reference's (the
             base's, or the first model's). Everything is computed in float32.
+        vocabulary: whose tokens the result has, where the models' tokenizers differ: `"base"` (or the first model's),
+            `"union"` or `"intersection"`. Rows follow the bytes of their tokens.
         shard_size: bytes of an output file at most.
         workers: threads.
         resume: go on with a merge of the same things into `out` that was killed.
@@ -88,7 +92,7 @@ def merge(
         InputError: the models do not fit each other or the method, a parent holds NaN, or `out` is taken.
         StoreError: a file is damaged, or there is not enough room; nothing half-written is left under the name `out`.
     """
-    plan = Plan.of(method, models, base, dtype, force)
+    plan = Plan.of(method, models, base, dtype, force, vocabulary)
     if out is not None:
         from transfuse.weights.output import write  # it stands on this module
 
@@ -125,9 +129,18 @@ class Plan:
     models: Sequence[Checkpoint]
     ledger: Ledger
     specs: Mapping[str, Spec]
+    vocabulary: Vocabulary | None = None
 
     @classmethod
-    def of(cls, method: Merge, models: Sequence[Any], base: Any, dtype: str | None = None, force: bool = False) -> Plan:
+    def of(
+        cls,
+        method: Merge,
+        models: Sequence[Any],
+        base: Any,
+        dtype: str | None = None,
+        force: bool = False,
+        vocabulary: Which | None = None,
+    ) -> Plan:
         """Open everything and check that it fits."""
         name = type(method).__name__
         if dtype is not None and dtype not in FLOATS:
@@ -140,6 +153,15 @@ class Plan:
             raise InputError(f"{name} reads what models have learned since their common ancestor: pass base=...")
         opened = [_opened(model, f"model {i}") for i, model in enumerate(models)]
         ancestor = None if base is None else _opened(base, "base")
+        parents = [*opened, *(() if ancestor is None else (ancestor,))]
+        tokens = None
+        if vocabulary is not None:
+            ancestor, opened, tokens = align(ancestor, opened, vocabulary)
+        elif same_tokens(parents) is False:
+            raise VocabularyError(
+                "the tokenizers of these models give different ids, so rows of one number mean different tokens: say "
+                "whose tokens the merge shall have, vocabulary='base', 'union' or 'intersection'"
+            )
         reference = opened[0] if ancestor is None else ancestor
         ledger = reconcile(ancestor, opened, force)
         floating = FLOATS[dtype] if dtype else None
@@ -150,7 +172,7 @@ class Plan:
         depths = depths_of(reference)
         for key in ledger.merged:  # patterns that match nothing, and numbers that are out of range
             method.at(key, depths[key])
-        return cls(method, ancestor, opened, ledger, specs)
+        return cls(method, ancestor, opened, ledger, specs, tokens)
 
     @property
     def reference(self) -> Checkpoint:
@@ -278,22 +300,15 @@ def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
         raise StoreError(f"a merged tensor has {at} entries or more, {len(flat)} were expected")
 
 
-def merged_state(method: Merge, base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, Tensor]:
-    """All merged tensors of models in memory, tied names included."""
-    state = merge(method, models, base, force=True).state
-    assert state is not None
-    return state
-
-
 def depths_of(checkpoint: Checkpoint) -> dict[str, float]:
-    """Where in the network every tensor is: 0 before the first numbered layer and in it, 1 in the last and after it."""
+    """Where in the network every tensor is, from 0 in the first numbered layer to 1 in the last.
+
+    What is in no layer, embeddings, the last norm, the head, counts as 0, as it does for mergekit: its place among the
+    names says nothing, for files sort them.
+    """
     numbers = {key: int(found[1]) for key in checkpoint.tensors if (found := re.search(r"\.(\d+)\.", key))}
     last = max(numbers.values(), default=0)
-    depths, passed = {}, False
-    for key in checkpoint.tensors:
-        passed = passed or key in numbers
-        depths[key] = numbers[key] / last if key in numbers and last else float(passed)
-    return depths
+    return {key: numbers.get(key, 0) / last if last else 0.0 for key in checkpoint.tensors}
 
 
 def _read(parent: Checkpoint, key: str) -> Tensor:

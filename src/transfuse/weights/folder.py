@@ -37,7 +37,7 @@ DTYPES = {
 }
 """What safetensors calls types."""
 HEADS = ("head", "embed_out")
-EMBEDDINGS = ("embed", "wte")
+EMBEDDINGS = ("embed", "wte", "wpe")
 """Parts of the names under which networks keep their output layer and their table of tokens."""
 
 
@@ -97,7 +97,7 @@ class Folder(Checkpoint):
         if not (self.config or {}).get("tie_word_embeddings"):
             return {}
         tied = {}
-        tables = [k for k in self.tensors if any(part in k for part in EMBEDDINGS) and not _is_head(k)]
+        tables = [k for k in self.tensors if is_embedding(k)]
         for head in [k for k in self.tensors if _is_head(k)]:
             for table in tables:
                 if self.tensors[head] == self.tensors[table]:
@@ -138,6 +138,11 @@ def open_checkpoint(source: Any, name: str | None = None) -> Checkpoint:
         found.config, found.folder = _config(path), path
         return found
     return Folder(path, name)
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a tensor is a table that tokens or positions are looked up in, by its name."""
+    return any(part in key for part in EMBEDDINGS) and not _is_head(key)
 
 
 def _is_head(key: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Ledger:
         tied: names that stand for another tensor, with its name; they stay tied.
         dtypes: the types in which each parent keeps its floating-point tensors.
         cosines: for each pair of parents, the cosine of some of their weights.
+        overlaps: for each pair of models, the cosine of what they have learned since the base.
         distances: for each model, the norm of what it has learned over that of the base, on the same weights.
     """
 
@@ -47,6 +49,7 @@ class Ledger:
     tied: dict[str, str]
     dtypes: dict[str, list[str]]
     cosines: dict[str, float] = field(default_factory=dict)
+    overlaps: dict[str, float] = field(default_factory=dict)
     distances: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -126,17 +129,21 @@ def _ancestry(base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str
     if not chosen or len(parents) < 2:
         return {}
     samples = [torch.cat([_some(parent.read(k)) for k in chosen]) for parent in parents]
-    norms = [float(sample.norm()) for sample in samples]
-    pairs = [(i, j) for i in range(len(parents)) for j in range(i)]
-    cosines = {
-        f"{parents[j].name} and {parents[i].name}": float(samples[i] @ samples[j]) / max(norms[i] * norms[j], 1e-30)
-        for i, j in pairs
-    }
+    names = [parent.name for parent in parents]
+    found = {"cosines": _cosines(names, samples)}
     if base is None:
-        return {"cosines": cosines}
-    moved = ((sample - samples[0]).norm() / max(norms[0], 1e-30) for sample in samples[1:])
-    apart = {model.name: float(move) for model, move in zip(models, moved, strict=True)}
-    return {"cosines": cosines, "distances": apart}
+        return found
+    learned = [sample - samples[0] for sample in samples[1:]]
+    size = max(float(samples[0].norm()), 1e-30)
+    apart = {name: float(one.norm()) / size for name, one in zip(names[1:], learned, strict=True)}
+    return found | {"overlaps": _cosines(names[1:], learned), "distances": apart}
+
+
+def _cosines(names: Sequence[str], vectors: Sequence[Tensor]) -> dict[str, float]:
+    """Of every pair; 0 where one is zero."""
+    norms = [max(float(vector.norm()), 1e-30) for vector in vectors]
+    pairs = combinations(range(len(vectors)), 2)
+    return {f"{names[i]} and {names[j]}": float(vectors[i] @ vectors[j]) / norms[i] / norms[j] for i, j in pairs}
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from transfuse.core.files import make_folder, sync_folder, write_atomically
 from transfuse.weights.checkpoint import Checkpoint, Spec
 from transfuse.weights.engine import PIECE, Plan
 from transfuse.weights.folder import DTYPES, INDEX, Folder
+from transfuse.weights.vocabulary import grown, tokenizer_of
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 JOURNAL, CLAIM = "done.jsonl", "merge.json"
@@ -48,6 +49,11 @@ def write(
         if resume and _read_claim(out).get("claim") == claim:
             return out  # it was finished
         raise InputError(f"{out} exists and is not empty: choose another folder, or remove it")
+    if plan.vocabulary and plan.vocabulary.cut and plan.reference.folder:
+        raise InputError(
+            "a tokenizer file cannot lose tokens, so a merge over the intersection is kept in memory: leave out `out`, "
+            "or merge with vocabulary='base'"
+        )
     shards = _shards(plan.specs, shard_size)
     fresh = not partial.exists()
     if not fresh:
@@ -252,6 +258,8 @@ def _beside(plan: Plan, folder: Path, shards: Mapping[str, Mapping[str, Spec]], 
         for file in sorted(source.iterdir()):
             if file.is_file() and file.suffix not in NOT_COPIED and not file.name.endswith(INDEX[-11:]):
                 shutil.copyfile(file, folder / file.name)
+    if plan.vocabulary and plan.vocabulary.added < len(plan.vocabulary.tokens):
+        grown(tokenizer_of(plan.reference), plan.vocabulary).save(str(folder / "tokenizer.json"))
     if plan.reference.config is not None:
         config = dict(plan.reference.config)
         kinds = {str(s.dtype).removeprefix("torch.") for s in plan.specs.values() if s.dtype.is_floating_point}
