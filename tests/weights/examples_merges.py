@@ -6,14 +6,18 @@ from collections.abc import Callable
 
 from helpers import CNN, Example, images
 
+from transfuse.core.method import Method
 from transfuse.weights import (
     DARE,
     DELLA,
+    EMR,
     SCE,
     SLERP,
     TIES,
     TSVM,
     Breadcrumbs,
+    Fisher,
+    GreedySoup,
     IsoC,
     Karcher,
     Linear,
@@ -22,12 +26,21 @@ from transfuse.weights import (
     NearSwap,
     NuSLERP,
     Passthrough,
+    RegMean,
     TaskArithmetic,
 )
-from transfuse.weights.base import Merge
 
 
-def example(method: Merge, models: int = 3) -> Example:
+def with_data(method: Method, several: bool = False) -> Example:
+    held_out = images(6, seed=1)
+    pictures, labels = images(12)
+    labels = labels.clamp(min=0)
+    data = {str(i): (pictures.roll(i, 0), labels) for i in range(3)} if several else (pictures, labels)
+    sources = [CNN(norm=True, seed=1 + i) for i in range(3)]
+    return Example(method, CNN(norm=True), sources, data, held_out, {"batch_size": 4})
+
+
+def example(method: Method, models: int = 3) -> Example:
     held_out = images(6, seed=1)
     return Example(method, CNN(norm=True), [CNN(norm=True, seed=1 + i) for i in range(models)], None, held_out)
 
@@ -36,6 +49,10 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "Breadcrumbs": lambda: example(Breadcrumbs(0.5, consensus=True)),
     "DARE": lambda: example(DARE([0.5, 0.6, 0.7], consensus=True)),
     "DELLA": lambda: example(DELLA(0.6)),
+    "EMR": lambda: example(EMR()),
+    "Fisher": lambda: with_data(Fisher([1.0, 2.0, 1.0]), several=True),
+    "GreedySoup": lambda: with_data(GreedySoup()),
+    "RegMean": lambda: with_data(RegMean()),
     "IsoC": lambda: example(IsoC(0.5)),
     "Karcher": lambda: example(Karcher()),
     "Linear": lambda: example(Linear([0.5, 0.3, 0.2])),

@@ -137,9 +137,9 @@ def ledger(found: Ledger) -> Group:
     )
     parts: list[Any] = [table("tensors", ("what is done", "tensors"), [row for row in counts if row[1]])]
     if found.cosines:
-        rows = [(pair, f"{cosine:.3f}") for pair, cosine in found.cosines.items()]
-        parts.append(table("kinship", ("models", "cosine of weights"), rows))
+        rows = [(f"{cosine:.3f}", pair) for pair, cosine in found.cosines.items()]
+        parts.append(table("kinship", ("cosine of weights", "models"), rows))
     if found.distances:
-        rows = [(name, f"{distance:.4f}") for name, distance in found.distances.items()]
-        parts.append(table("learned since the base", ("model", "change / base"), rows))
+        rows = [(f"{distance:.4f}", name) for name, distance in found.distances.items()]
+        parts.append(table("learned since the base", ("change / base", "model"), rows))
     return Group(*parts)

@@ -8,7 +8,9 @@ from transfuse.weights.breadcrumbs import Breadcrumbs
 from transfuse.weights.composed import Composed
 from transfuse.weights.dare import DARE
 from transfuse.weights.della import DELLA
+from transfuse.weights.emr import EMR
 from transfuse.weights.engine import Merged, merge
+from transfuse.weights.fisher import Fisher
 from transfuse.weights.karcher import Karcher
 from transfuse.weights.linear import Linear
 from transfuse.weights.model_stock import ModelStock
@@ -16,8 +18,10 @@ from transfuse.weights.multislerp import MultiSLERP
 from transfuse.weights.nearswap import NearSwap
 from transfuse.weights.nuslerp import NuSLERP
 from transfuse.weights.passthrough import Passthrough
+from transfuse.weights.regmean import RegMean
 from transfuse.weights.sce import SCE
 from transfuse.weights.slerp import SLERP
+from transfuse.weights.soup import GreedySoup
 from transfuse.weights.subspaces import TSVM, IsoC
 from transfuse.weights.task_arithmetic import TaskArithmetic
 from transfuse.weights.ties import TIES
@@ -25,12 +29,15 @@ from transfuse.weights.ties import TIES
 __all__ = [
     "DARE",
     "DELLA",
+    "EMR",
     "SCE",
     "SLERP",
     "TIES",
     "TSVM",
     "Breadcrumbs",
     "Composed",
+    "Fisher",
+    "GreedySoup",
     "IsoC",
     "Karcher",
     "Linear",
@@ -41,6 +48,7 @@ __all__ = [
     "NearSwap",
     "NuSLERP",
     "Passthrough",
+    "RegMean",
     "TaskArithmetic",
     "merge",
 ]
