@@ -6,5 +6,6 @@ Read :mod:`transfuse.weights.base` first.
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.linear import Linear
+from transfuse.weights.weight_squeezing import WeightSqueezing
 
-__all__ = ["Composed", "Linear", "Merge"]
+__all__ = ["Composed", "Linear", "Merge", "WeightSqueezing"]
