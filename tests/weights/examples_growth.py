@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from helpers import CNN, Example, images
+from helpers import CNN, VOCABULARY, Example, images, language_model, ragged_tokens
 
-from transfuse.weights import WeightSqueezing
+from transfuse.models import DecoderLM
+from transfuse.weights import ScaleUp, WeightSqueezing
 
 
 def squeezing() -> Example:
@@ -20,4 +21,19 @@ def squeezing() -> Example:
     )
 
 
-EXAMPLES: dict[str, Callable[[], Example]] = {"WeightSqueezing": squeezing}
+def larger(width: int = 16, depth: int = 2, heads: int = 4) -> DecoderLM:
+    return DecoderLM(VOCABULARY, width, depth, heads, context=16, tie=False)
+
+
+def growth() -> Example:
+    return Example(
+        ScaleUp(mapping="random"),
+        larger(),
+        language_model(depth=1),
+        ragged_tokens(),
+        ragged_tokens(6, 1),
+        {"steps": 4, "batch_size": 6, "lr": 1e-2, "task": "language-model"},
+    )
+
+
+EXAMPLES: dict[str, Callable[[], Example]] = {"ScaleUp": growth, "WeightSqueezing": squeezing}

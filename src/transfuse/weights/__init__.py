@@ -6,6 +6,7 @@ Read :mod:`transfuse.weights.base` first.
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.linear import Linear
+from transfuse.weights.scale_up import ScaleUp
 from transfuse.weights.weight_squeezing import WeightSqueezing
 
-__all__ = ["Composed", "Linear", "Merge", "WeightSqueezing"]
+__all__ = ["Composed", "Linear", "Merge", "ScaleUp", "WeightSqueezing"]

@@ -7,6 +7,7 @@ of the user's that calls its layers the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ class Layer:
     def perceptron(self) -> str:
         """The module that holds the perceptron, and nothing else."""
         return self.down.rpartition(".")[0]
+
+    @property
+    def block(self) -> str:
+        """The module that holds all of them."""
+        pairs = takewhile(
+            lambda pair: pair[0] == pair[1], zip(self.output.split("."), self.down.split("."), strict=False)
+        )
+        return ".".join(part for part, _ in pairs)
 
 
 NAMES = (
