@@ -7,7 +7,7 @@ from collections.abc import Callable
 from helpers import CNN, VOCABULARY, Example, images, language_model, ragged_tokens
 
 from transfuse.models import DecoderLM
-from transfuse.weights import ScaleUp, WeightSqueezing
+from transfuse.weights import ScaleOut, ScaleUp, WeightSqueezing
 
 
 def squeezing() -> Example:
@@ -36,4 +36,15 @@ def growth() -> Example:
     )
 
 
-EXAMPLES: dict[str, Callable[[], Example]] = {"ScaleUp": growth, "WeightSqueezing": squeezing}
+def mixture() -> Example:
+    return Example(
+        ScaleOut(experts=3, top_k=2),
+        language_model(depth=2),
+        None,
+        ragged_tokens(),
+        ragged_tokens(6, 1),
+        {"steps": 4, "batch_size": 6, "lr": 1e-2, "task": "language-model"},
+    )
+
+
+EXAMPLES: dict[str, Callable[[], Example]] = {"ScaleOut": mixture, "ScaleUp": growth, "WeightSqueezing": squeezing}

@@ -6,6 +6,7 @@ of the user's that calls its layers the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.batch import Batch, token_ids
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, modes_kept
 
@@ -35,16 +37,18 @@ class Layer:
 
     @property
     def perceptron(self) -> str:
-        """The module that holds the perceptron, and nothing else."""
-        return self.down.rpartition(".")[0]
+        """The innermost module that holds the perceptron."""
+        return _holding(self.rise[0], self.down)
 
     @property
     def block(self) -> str:
-        """The module that holds all of them."""
-        pairs = takewhile(
-            lambda pair: pair[0] == pair[1], zip(self.output.split("."), self.down.split("."), strict=False)
-        )
-        return ".".join(part for part, _ in pairs)
+        """The innermost module that holds attention and perceptron."""
+        return _holding(self.output, self.down)
+
+
+def _holding(path: str, other: str) -> str:
+    pairs = zip(path.split("."), other.split("."), strict=False)
+    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 NAMES = (
@@ -116,3 +120,10 @@ def reads_inputs(model: nn.Module, inputs: Any) -> set[nn.Module]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """Where the tokens of a batch are no padding, `(batch, tokens)`."""
+    tokens = token_ids(batch)
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    return torch.ones_like(tokens, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
