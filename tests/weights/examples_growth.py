@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from helpers import CNN, VOCABULARY, Example, images, language_model, ragged_tokens
 
 from transfuse.models import DecoderLM
-from transfuse.weights import ScaleOut, ScaleUp, WeightSqueezing
+from transfuse.weights import LowRankClone, ScaleOut, ScaleUp, WeightSqueezing
 
 
 def squeezing() -> Example:
@@ -47,4 +49,39 @@ def mixture() -> Example:
     )
 
 
-EXAMPLES: dict[str, Callable[[], Example]] = {"ScaleOut": mixture, "ScaleUp": growth, "WeightSqueezing": squeezing}
+def llama(width: int, heads: int = 2, seed: int = 0, **more: Any) -> Any:
+    """A Llama whose heads and perceptron do not depend on its width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        head_dim=6,
+        max_position_embeddings=16,
+        **more,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def clone() -> Example:
+    return Example(
+        LowRankClone(std=0.3),
+        llama(8),
+        llama(12, seed=1),
+        ragged_tokens(),
+        ragged_tokens(6, 1),
+        {"steps": 4, "batch_size": 6, "lr": 1e-2, "task": "language-model"},
+    )
+
+
+EXAMPLES: dict[str, Callable[[], Example]] = {
+    "LowRankClone": clone,
+    "ScaleOut": mixture,
+    "ScaleUp": growth,
+    "WeightSqueezing": squeezing,
+}
