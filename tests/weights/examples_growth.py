@@ -9,7 +9,7 @@ import torch
 from helpers import CNN, VOCABULARY, Example, images, language_model, ragged_tokens
 
 from transfuse.models import DecoderLM
-from transfuse.weights import LowRankClone, ScaleOut, ScaleUp, WeightSqueezing
+from transfuse.weights import EMoE, LowRankClone, ScaleOut, ScaleUp, WeightSqueezing
 
 
 def squeezing() -> Example:
@@ -79,7 +79,19 @@ def clone() -> Example:
     )
 
 
+def emergent() -> Example:
+    return Example(
+        EMoE(experts=4, top_k=2, layers=[-1]),
+        language_model(depth=2),
+        None,
+        ragged_tokens(),
+        ragged_tokens(6, 1),
+        {"steps": 4, "batch_size": 6, "lr": 1e-2, "task": "language-model"},
+    )
+
+
 EXAMPLES: dict[str, Callable[[], Example]] = {
+    "EMoE": emergent,
     "LowRankClone": clone,
     "ScaleOut": mixture,
     "ScaleUp": growth,
