@@ -159,7 +159,7 @@ class Mapped(Composed):
         super().__init__()
         self.maps = nn.ParameterDict()
         self._rules: dict[str, Rule] = {}
-        self._source: tuple[nn.Module, ...] = ()  # in a tuple, for the source is no part of the method
+        self._theirs: Mapping[str, Tensor] = {}  # the source's, by name; they are no part of the method
 
     def begin(self, run: Run) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """The parameters of target and source by name, checked; the source's under all names that it has for one.
@@ -173,9 +173,9 @@ class Mapped(Composed):
             raise InputError(f"{name} reads weights, so there is no shuffled arm")
         if "source" not in run:
             raise InputError(f"{name} needs one source model, found {len(run.sources)}: pass source=teacher")
-        self._source = (run["source"],)
         self.maps, self._rules = nn.ParameterDict(), {}
-        source = self._tensors()
+        source: Mapping[str, Tensor] = dict(run["source"].named_parameters(remove_duplicate=False))
+        self._theirs = source
         half = next((key for key, p in source.items() if p.dtype in HALF), None)
         if half is not None:
             raise InputError(
@@ -194,7 +194,7 @@ class Mapped(Composed):
 
     def put(self, name: str, rule: Rule, shape: Sequence[int]) -> None:
         """Say how a parameter of the target, of this shape, is computed. Its maps must be there."""
-        old = self._tensors()[rule.source].shape
+        old = self._theirs[rule.source].shape
         new = [size if key is None else self.maps[key].shape[0] for size, key in zip(old, rule.maps, strict=True)]
         if tuple(new) != tuple(shape):
             raise ShapeError(
@@ -206,9 +206,8 @@ class Mapped(Composed):
     def mapped(self, name: str) -> Tensor:
         """The source's parameter behind one of the target's, through its maps."""
         rule = self._rules[name]
-        return along(
-            self._tensors()[rule.source].detach(), [None if key is None else self.maps[key] for key in rule.maps]
-        )
+        maps = [None if key is None else self.maps[key] for key in rule.maps]
+        return along(self._theirs[rule.source].detach(), maps)
 
     def compose(self, target: nn.Module) -> dict[str, Tensor]:
         return {name: self.mapped(name) for name in self._rules}
@@ -225,9 +224,6 @@ class Mapped(Composed):
                 values = torch.linalg.svdvals(self.mapped(name).float().cpu())
                 found[name] = [(float(i), float(v / values[0].clamp_min(1e-12))) for i, v in enumerate(values, 1)]
         return found
-
-    def _tensors(self) -> Mapping[str, Tensor]:
-        return dict(self._source[0].named_parameters(remove_duplicate=False))
 
 
 def key_of(name: str, axis: int) -> str:

@@ -166,7 +166,7 @@ class WeightSqueezing(Mapped):
 
     def panels(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        if series := self.spectra() if self._source else {}:
+        if series := self.spectra():
             found.append(
                 {
                     "kind": "lines",
