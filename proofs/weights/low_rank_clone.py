@@ -50,7 +50,8 @@ TEACHER = Trained(
 """A stream of 96: 381,792 parameters."""
 TRAINING = {"steps": 150, "batch_size": 16, "warmup": 10, "clip": 1.0, "schedule": "linear"}
 CLONE: dict[str, Any] = {"temperature": 8.0, "std": 96**-0.5}
-RATES = {"clone": 3e-3, "taught": 3e-3, "cropped": 3e-3}
+RATES = {"clone": 1e-2, "taught": 3e-3, "cropped": 3e-3, "scratch": 1e-2}
+"""The better of 3e-3 and 1e-2 on validation data, with the seed 11."""
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def arms(teacher: nn.Module) -> dict[str, tuple[Method, Any, float]]:
         ),
         "cropped teacher + KD": (taught, cropped(teacher), RATES["cropped"]),
         "scratch + KD": (taught, student, RATES["taught"]),
-        "scratch": (Labels(), student, RATES["taught"]),
+        "scratch": (Labels(), student, RATES["scratch"]),
     }
 
 
