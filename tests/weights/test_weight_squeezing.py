@@ -189,6 +189,13 @@ def test_norms_and_classes_start_as_a_crop():
     assert key_of("embed_tokens.weight", 0) not in method.maps
 
 
+def test_a_crop_of_query_key_and_value_in_one_layer_is_one_of_each():
+    teacher, student, method = language_model(1, dim=12), language_model(dim=8), WeightSqueezing(init="crop")
+    ready(method, student, teacher, ragged_tokens(), task="language-model")
+    found, theirs = (method.compose(student)["blocks.0.attn.qkv.weight"], teacher.blocks[0].attn.qkv.weight)
+    assert torch.equal(found.view(3, 8, 8), theirs.view(3, 12, 12)[:, :8, :8])
+
+
 def test_the_teachers_outputs_are_optional():
     teacher, student = mlp(12, 1), mlp(5)
     for alpha, terms in ((0.0, {"labels"}), (0.5, {"labels", "kd"}), (1.0, {"kd"})):

@@ -18,7 +18,7 @@ from transfuse.core.run import Run
 from transfuse.core.taps import batch_norms
 from transfuse.core.teaching import teach
 from transfuse.losses import Divergence
-from transfuse.weights.layout import heads_of, reads_inputs
+from transfuse.weights.layout import heads_of, layers_of, reads_inputs, transposed
 from transfuse.weights.maps import Mapped, Rule, counterparts, crop, gaussian, key_of
 
 WEIGHED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -107,7 +107,7 @@ class WeightSqueezing(Mapped):
             )
         names = counterparts(own, theirs, self.layers)
         same = _shared_axes(target, sample.inputs)
-        modules, norms = dict(target.named_modules()), _norms(target)
+        modules, norms, fused = dict(target.named_modules()), _norms(target), _fused(target)
         for name, p in own.items():
             if names[name] not in theirs:
                 continue
@@ -119,8 +119,10 @@ class WeightSqueezing(Mapped):
                 if axis in kept:
                     keys.append(None)
                     continue
-                fixed = (name, axis) in same or name in norms or self.init == "crop"
-                self.maps[key_of(name, axis)] = nn.Parameter((crop if fixed else gaussian)(k, n))
+                start = crop if (name, axis) in same or name in norms or self.init == "crop" else gaussian
+                if (name, axis) in fused and start is crop:
+                    start = _three_crops
+                self.maps[key_of(name, axis)] = nn.Parameter(start(k, n))
                 keys.append(key_of(name, axis))
             self.put(name, Rule(names[name], tuple(keys)), p.shape)
         if not self._rules:
@@ -220,6 +222,21 @@ def _shared_axes(model: nn.Module, inputs: Any) -> set[tuple[str, int]]:
         if module in first and isinstance(module, WEIGHED):
             found.add((f"{path}.weight", 1))
     return found
+
+
+def _fused(model: nn.Module) -> set[tuple[str, int]]:
+    """Axes along which query, key and value lie side by side."""
+    try:
+        layers = layers_of(model)
+    except InputError:  # no transformer
+        return set()
+    paths = [layer.attention[0] for layer in layers if len(layer.attention) == 1]
+    weights = {(f"{path}.weight", int(transposed(model.get_submodule(path)))) for path in paths}
+    return weights | {(f"{path}.bias", 0) for path in paths}
+
+
+def _three_crops(new: int, old: int) -> Tensor:
+    return torch.block_diag(*[crop(new // 3, old // 3)] * 3)
 
 
 def _norms(model: nn.Module) -> set[str]:
