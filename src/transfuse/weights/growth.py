@@ -72,7 +72,7 @@ def aki(weight: Tensor, following: Tensor, old: int) -> Tensor:
 
 @torch.no_grad()
 def grown(source: nn.Module, target: nn.Module, how: Growth, draw: torch.Generator | None = None) -> Tensors:
-    """The parameters of the target, by name, made from those of the source.
+    """The parameters of the target, by name, made from those of the source, on the CPU.
 
     Args:
         draw: for the random mapping.
@@ -97,7 +97,7 @@ def grown(source: nn.Module, target: nn.Module, how: Growth, draw: torch.Generat
             found[f"{path}.weight"] = flipped * 0 if silent else flipped
             if bias is not None:
                 found[f"{path}.bias"] = bias * 0 if silent else bias
-    theirs = dict(source.named_parameters(remove_duplicate=False))
+    theirs = {name: p.cpu() for name, p in source.named_parameters(remove_duplicate=False)}
     own = dict(target.named_parameters())
     names, last = counterparts(own, theirs, schedule), _norm_before_tied_head(target, new)
     for name, p in own.items():
@@ -276,9 +276,9 @@ def _paths(layer: Layer) -> list[str]:
 
 
 def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight `(out, in)` and bias, however the layer stores them."""
+    """Weight `(out, in)` and bias, however the layer stores them, on the CPU as the maps are."""
     weight = module.weight.T if transposed(module) else module.weight
-    return weight.detach(), None if module.bias is None else module.bias.detach()
+    return weight.detach().cpu(), None if module.bias is None else module.bias.detach().cpu()
 
 
 def _sides(model: nn.Module, path: str) -> tuple[int, int]:
