@@ -114,11 +114,12 @@ PROOF = Study(
     ),
     seeds=(0, 1, 2),
     notes=(
-        "Every growth begins (2.2 to 3.0) and ends (1.89 to 1.98) far below scratch (5.5 and 3.1), and FPI below AKI "
-        "at first, as expected. Not as expected: stacking is better than interpolation with either operator, at first "
-        "and in the end, in a source of three layers, of which interpolation repeats each at once; and AKI does not pass "
-        "FPI within these 80 updates, though it comes near (from 0.76 to 0.07 above it, stacked), where the paper "
-        "trains on many billions of tokens. Experts begin where the dense model is (a test of the library) and end "
-        "0.003 below it, in every seed. Training on went from AKI-Pro. No learning rate was tuned."
+        "Every growth begins (2.2 to 3.0) and ends (1.89 to 1.98) far below scratch (5.5 and 3.1), and FPI "
+        "below AKI at first, as expected. Not as expected: stacking is better than interpolation with either "
+        "operator, at first and in the end, in a source of three layers, of which interpolation repeats each "
+        "at once; and AKI does not pass FPI within these 80 updates, though it comes near (from 0.76 to 0.07 "
+        "above it, stacked), where the paper trains on many billions of tokens. Experts begin where the dense "
+        "model is (a test of the library) and end 0.003 below it, in every seed. Training on went from AKI- "
+        "Pro. No learning rate was tuned."
     ),
 )
