@@ -116,14 +116,13 @@ def test_function_preserving_at_whole_multiples_with_norms(kind):
     assert not torch.allclose(logits(target), logits(source), atol=0.1)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "llama"])
+@pytest.mark.parametrize("kind", ["decoder", "tied", "llama"])
 def test_other_widths_are_inexact_with_norms_until_norm_exact(kind):
     """RMSNorm is filled with zeros, LayerNorm with the mean."""
-    source, target = (
-        (decoder(8, 2, 2), decoder(20, 2, 5, 1))
-        if kind == "decoder"
-        else (llama(8), llama(12, heads=3, groups=3, inner=15))
-    )
+    if kind == "llama":
+        source, target = llama(8), llama(12, heads=3, groups=3, inner=15)
+    else:
+        source, target = (decoder(dim, 2, heads, tie=kind == "tied") for dim, heads in ((8, 2), (20, 5)))
     assert (logits(grow(source, target)) - logits(source)).abs().max() > 1e-2
     t = trainer(ScaleUp("fpi", norm_exact=True), copy.deepcopy(target), source, TOKENS, task="language-model")
     t._start(False)

@@ -106,10 +106,7 @@ class ScaleOut(Method):
         self.usage.copy_(counts / counts.sum(1, keepdim=True))
 
     def deploy(self, target: nn.Module) -> nn.Module:
-        mixture = copy.deepcopy(self.mixture)
-        for p in mixture.parameters():
-            p.requires_grad_()
-        return mixture
+        return copy.deepcopy(self.mixture)
 
     def panels(self) -> list[dict[str, Any]]:
         return [
