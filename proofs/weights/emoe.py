@@ -25,7 +25,7 @@ from transfuse.weights.emoe import Router, effective_weight, route
 from transfuse.weights.experts import balanced_clusters
 from transfuse.weights.layout import layers_of
 
-PICTURES, LABELS, TESTED = 10_000, 1000, 5000
+PICTURES, LABELS, TESTED = 10_000, 1000, 4000
 EXPERTS, TOP_K, LAYER = 64, 16, -2
 
 
@@ -47,19 +47,18 @@ def turned() -> Splits:
 PRETRAINED = Trained(
     build=lambda: net(4), splits=turned, training={"epochs": 4, "batch_size": 64, "lr": 1e-3, "clip": 1.0}
 )
-TRAINING = {"steps": 200, "batch_size": 32, "warmup": 10, "clip": 1.0}
-RATES = {"dense": 1e-3, "EMoE": 1e-3, "EMoE-learn": 1e-3}
+TRAINING = {"steps": 200, "batch_size": 32, "lr": 1e-3, "warmup": 10, "clip": 1.0}
 
 
-def arms() -> dict[str, tuple[Method, float]]:
-    """Every arm: method and learning rate."""
+def arms() -> dict[str, Method]:
+    """Every arm by name."""
     settings: dict[str, Any] = {"experts": EXPERTS, "top_k": TOP_K, "layers": [LAYER]}
     return {
-        "EMoE": (EMoE(**settings), RATES["EMoE"]),
-        "dense": (Labels(), RATES["dense"]),
-        "random experts": (EMoE(**settings, clusters="random"), RATES["EMoE"]),
-        "EMoE-learn": (EMoE(**settings, gate="learned"), RATES["EMoE-learn"]),
-        "EMoE2Dense": (EMoE(**settings, dense=True), RATES["EMoE"]),
+        "EMoE": EMoE(**settings),
+        "dense": Labels(),
+        "random experts": EMoE(**settings, clusters="random"),
+        "EMoE-learn": EMoE(**settings, gate="learned"),
+        "EMoE2Dense": EMoE(**settings, dense=True),
     }
 
 
@@ -110,11 +109,9 @@ def trial(seed: int, smoke: bool, held_out: str = "test") -> Mapping[str, Number
     images, labels = (t[: SMOKE_SAMPLES if smoke else TESTED] for t in test.tensors)
     settings: dict[str, Any] = {**TRAINING, "steps": SMOKE_STEPS} if smoke else TRAINING
     found = {}
-    for name, (method, lr) in arms().items():
+    for name, method in arms().items():
         target = lambda: beginning(pretrained)  # noqa: E731
-        result = transfer(
-            method, None, target, few, test=TensorDataset(images, labels), seeds=[seed], lr=lr, **settings
-        )
+        result = transfer(method, None, target, few, test=TensorDataset(images, labels), seeds=[seed], **settings)
         evaluation = result.arms[0].runs[0].evaluation
         assert evaluation is not None
         found[name] = {"accuracy": evaluation.metrics["accuracy"]}
@@ -132,7 +129,7 @@ PROOF = Study(
     proves=("EMoE",),
     data=(
         "a ViT of four blocks, pre-trained to tell how 10,000 pictures of clothes (Fashion-MNIST) were turned, is "
-        "tuned on 1,000 labels; 5,000 pictures to test, and out of domain the same moved by three pixels, or in noise"
+        "tuned on 1,000 labels; 4,000 pictures to test, and out of domain the same moved by three pixels, or in noise"
     ),
     trial=trial,
     arms=("EMoE", "dense", "random experts", "EMoE-learn", "EMoE2Dense"),
@@ -143,5 +140,5 @@ PROOF = Study(
         "must hold. EMoE not worse than dense by half a point; a gain in and out of domain may not exceed noise. "
         "EMoE2Dense about as good as EMoE, EMoE-learn not better"
     ),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2),
 )
