@@ -8,23 +8,28 @@ from transfuse.weights.breadcrumbs import Breadcrumbs
 from transfuse.weights.composed import Composed
 from transfuse.weights.dare import DARE
 from transfuse.weights.della import DELLA
+from transfuse.weights.emoe import EMoE
 from transfuse.weights.emr import EMR
 from transfuse.weights.engine import Merged, merge
 from transfuse.weights.fisher import Fisher
 from transfuse.weights.karcher import Karcher
 from transfuse.weights.linear import Linear
+from transfuse.weights.low_rank_clone import LowRankClone
 from transfuse.weights.model_stock import ModelStock
 from transfuse.weights.multislerp import MultiSLERP
 from transfuse.weights.nearswap import NearSwap
 from transfuse.weights.nuslerp import NuSLERP
 from transfuse.weights.passthrough import Passthrough
 from transfuse.weights.regmean import RegMean
+from transfuse.weights.scale_out import ScaleOut
+from transfuse.weights.scale_up import ScaleUp
 from transfuse.weights.sce import SCE
 from transfuse.weights.slerp import SLERP
 from transfuse.weights.soup import GreedySoup
 from transfuse.weights.subspaces import TSVM, IsoC
 from transfuse.weights.task_arithmetic import TaskArithmetic
 from transfuse.weights.ties import TIES
+from transfuse.weights.weight_squeezing import WeightSqueezing
 
 __all__ = [
     "DARE",
@@ -36,11 +41,13 @@ __all__ = [
     "TSVM",
     "Breadcrumbs",
     "Composed",
+    "EMoE",
     "Fisher",
     "GreedySoup",
     "IsoC",
     "Karcher",
     "Linear",
+    "LowRankClone",
     "Merge",
     "Merged",
     "ModelStock",
@@ -49,6 +56,9 @@ __all__ = [
     "NuSLERP",
     "Passthrough",
     "RegMean",
+    "ScaleOut",
+    "ScaleUp",
     "TaskArithmetic",
+    "WeightSqueezing",
     "merge",
 ]

@@ -7,8 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
+from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 
@@ -29,6 +31,10 @@ class Composed(Method):
     def loss(self, batches: Batches, run: Run) -> Losses:
         """The terms of one micro-batch; run the target with `self.run_composed(run, batch)`."""
         raise NotImplementedError
+
+    def run_composed(self, run: Run, batch: Batch, grad: bool = True) -> Outputs:
+        """Run the target with the computed parameters; its output layer's too, be it tied or left to the loss."""
+        return run("target", batch, grad=grad, params=self.compose(run["target"]))
 
     def thawed(self, target: nn.Module) -> list[nn.Parameter]:
         """Parameters of the target that are trained beside the learned ones, for instance a new head."""
