@@ -61,7 +61,7 @@ from transfuse.losses.relation import (
 )
 from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
 from transfuse.losses.sparse import sampled_kl, top_k_kl, top_k_target
-from transfuse.losses.supervised import cross_entropy
+from transfuse.losses.supervised import cross_entropy, pseudo_labels
 from transfuse.losses.transform import top_k_linspace, top_k_scaling
 from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
 
@@ -108,6 +108,7 @@ __all__ = [
     "nce",
     "next_token",
     "preference",
+    "pseudo_labels",
     "reverse_gradient",
     "rkd_angle",
     "rkd_distance",

@@ -3,8 +3,10 @@
 Read :mod:`transfuse.weights.base` first.
 """
 
+from transfuse.weights.adamerging import AdaMerging
+from transfuse.weights.atlas import ATLAS
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.linear import Linear
 
-__all__ = ["Composed", "Linear", "Merge"]
+__all__ = ["ATLAS", "AdaMerging", "Composed", "Linear", "Merge"]
