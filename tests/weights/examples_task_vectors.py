@@ -8,7 +8,7 @@ from helpers import CNN, Example, images
 from weights.composing import tuned
 
 from transfuse.core.method import Method
-from transfuse.weights import ATLAS, AdaMerging
+from transfuse.weights import ATLAS, AXIS, AdaMerging
 
 
 def example(method: Method, data: object = None) -> Example:
@@ -28,5 +28,6 @@ def negation() -> Example:
 
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "ATLAS": negation,
+    "AXIS": lambda: example(AXIS(rank=0.5, tuned=0.5, head="fc")),
     "AdaMerging": lambda: example(AdaMerging(), {"one": images(), "other": images(seed=3)}),
 }

@@ -5,8 +5,9 @@ Read :mod:`transfuse.weights.base` first.
 
 from transfuse.weights.adamerging import AdaMerging
 from transfuse.weights.atlas import ATLAS
+from transfuse.weights.axis import AXIS
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.linear import Linear
 
-__all__ = ["ATLAS", "AdaMerging", "Composed", "Linear", "Merge"]
+__all__ = ["ATLAS", "AXIS", "AdaMerging", "Composed", "Linear", "Merge"]
