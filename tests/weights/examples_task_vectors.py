@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from helpers import CNN, Example, images
+from helpers import CNN, Example, images, language_model, ragged_tokens
 from weights.composing import tuned
 
 from transfuse.core.method import Method
-from transfuse.weights import ATLAS, AXIS, AdaMerging
+from transfuse.weights import ATLAS, AXIS, AdaMerging, GraftLLM
 
 
 def example(method: Method, data: object = None) -> Example:
@@ -29,5 +29,8 @@ def negation() -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "ATLAS": negation,
     "AXIS": lambda: example(AXIS(rank=0.5, tuned=0.5, head="fc")),
+    "GraftLLM": lambda: Example(
+        GraftLLM(0.5, 0.5), language_model(), language_model(seed=1), ragged_tokens(), ragged_tokens(6, seed=2)
+    ),
     "AdaMerging": lambda: example(AdaMerging(), {"one": images(), "other": images(seed=3)}),
 }

@@ -8,6 +8,7 @@ from transfuse.weights.atlas import ATLAS
 from transfuse.weights.axis import AXIS
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
+from transfuse.weights.graftllm import GraftLLM
 from transfuse.weights.linear import Linear
 
-__all__ = ["ATLAS", "AXIS", "AdaMerging", "Composed", "Linear", "Merge"]
+__all__ = ["ATLAS", "AXIS", "AdaMerging", "Composed", "GraftLLM", "Linear", "Merge"]
