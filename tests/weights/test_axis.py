@@ -141,6 +141,16 @@ def test_more_values_than_terms_are_trained_along_a_completed_basis():
     assert values.grad[2:].abs().max() > 1e-5
 
 
+def test_a_matrix_that_no_source_has_changed_is_not_tuned():
+    base = CNN(norm=True)
+    sources = [tuned(base, s) for s in (1, 2)]
+    for model in sources:
+        model.fc.load_state_dict(base.fc.state_dict())
+    run = ready(method := AXIS(tuned=1.0), sources, base)
+    assert "fc/weight:lambda" not in method.values
+    assert torch.equal(method.deploy(run["target"]).fc.weight, base.fc.weight)
+
+
 def test_which_values_are_trained():
     found = {}
     for order in ("top", "random", "bottom"):

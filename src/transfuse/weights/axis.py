@@ -37,7 +37,8 @@ class AXIS(Composed):
     Sources are read one after the other and K terms are kept, so memory does not grow with their number. The terms of
     different sources are not orthogonal; U S V^T is found through QR of the stacked factors. The sum is not rescaled:
     two equal sources give twice the change (the report shows the ratio of spectral norms). What is no matrix (biases,
-    norms) gets the mean of the sources' changes. The target is the base; what is deployed is the base with everything
+    norms) gets the mean of the sources' changes; a matrix that no source has changed, such as a head that all share, stays
+    as it is. The target is the base; what is deployed is the base with everything
     folded in. It runs in eval mode and keeps the base's buffers.
 
     The authors train ten epochs with AdamW and lr=0.1: singular values of differences are small numbers.
@@ -105,7 +106,7 @@ class AXIS(Composed):
         self._depths = depths_of(InMemory({block: p.detach() for block, p in vectors.base.items()}, "base"))
         draw, ratios = torch.Generator().manual_seed(run.seed), {}
         for block, base in vectors.base.items():
-            if base.dim() < 2:
+            if base.dim() < 2 or not any(change.any() for change in _each(vectors, block)):
                 self.fixed[_key(block, "change")] = self._change(vectors, block)
                 continue
             factors = self._factors(vectors, block)
