@@ -14,8 +14,10 @@ from torch.utils.data import TensorDataset
 
 from proofs.runner import SMOKE_STEPS
 from transfuse import transfer
+from transfuse.core import rng
 from transfuse.core.streams import as_data
 from transfuse.datasets.glyphs import draw
+from transfuse.discover.views import view
 from transfuse.distill import Labels
 from transfuse.evaluation import evaluate
 from transfuse.models import SmallCNN
@@ -84,9 +86,11 @@ TASKS: Mapping[str, Callable[[], Pair]] = {
 
 @cache
 def base(smoke: bool) -> nn.Module:
-    """Taught capitals and digits in plain fonts."""
-    data = both(pictures("latin", PLAIN, "train", copies=2), pictures("digits", PLAIN, "train", copies=2))
-    return learned(Labels(), None, Reader, data, smoke, seed=0, steps=400, lr=5e-3)
+    """Taught capitals and digits in plain fonts, as they are and in three random views of each."""
+    plain = both(pictures("latin", PLAIN, "train", copies=2), pictures("digits", PLAIN, "train", copies=2))
+    with rng.scope(0):
+        views = [(view(plain[0], mirror=False), plain[1]) for _ in range(3)]
+    return learned(Labels(), None, Reader, both(plain, *views), smoke, seed=0, steps=600, lr=5e-3)
 
 
 @cache

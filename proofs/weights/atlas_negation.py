@@ -9,7 +9,7 @@ from proofs.study import Study
 from proofs.weights._letters import TASKS, accuracy, base, learned, pictures, split, tuned
 from transfuse.weights import ATLAS
 
-TRAINING: dict[str, Any] = {"epochs": 10, "batch_size": 128, "lr": 0.02, "clip": 1.0}
+TRAINING: dict[str, Any] = {"epochs": 60, "batch_size": 128, "lr": 0.005, "clip": 1.0}
 PER_CLASS = 20
 """Samples of every class to learn from."""
 ARMS: Mapping[str, tuple[ATLAS | None, tuple[str, ...]]] = {
