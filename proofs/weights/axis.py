@@ -62,7 +62,7 @@ def damaged(models: list[nn.Module], start: nn.Module, how: str) -> list[nn.Modu
 
 
 def arms(start: nn.Module, smoke: bool) -> dict[str, tuple[Any, list[nn.Module]]]:
-    """Every arm's method and sources; AXIS at 40 % trains 22 numbers, and so does aTLAS (two for each of 11 tensors)."""
+    """Every arm's method and sources; AXIS at 40 % trains 22 numbers, so does aTLAS (two per tensor)."""
     models = pool(smoke)
     best = max(models, key=lambda m: accuracy(m, pictures("latin", "", "validate")))
     found: dict[str, tuple[Any, list[nn.Module]]] = {
