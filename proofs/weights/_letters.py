@@ -32,8 +32,8 @@ class Reader(SmallCNN):
 
     def __init__(self) -> None:
         super().__init__(width=8, classes=CLASSES)
-        for block in (self.layer1, self.layer2, self.layer3):
-            block.bn = nn.GroupNorm(8, block.bn.num_features)
+        for block, channels in ((self.layer1, 8), (self.layer2, 16), (self.layer3, 32)):
+            block.bn = nn.GroupNorm(8, channels)
 
 
 @cache

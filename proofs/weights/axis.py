@@ -54,7 +54,7 @@ def damaged(models: list[nn.Module], start: nn.Module, how: str) -> list[nn.Modu
             if p.dim() < 2 or not change.any():
                 continue
             if how == "noise":
-                p += 0.5 * change.norm() * torch.randn(p.shape, generator=generator)
+                p.add_(0.5 * change.norm() * torch.randn(p.shape, generator=generator))
             else:
                 limit = change.abs().flatten().kthvalue(round(0.9 * change.numel())).values
                 p.copy_(own + torch.where(change.abs() > limit, change, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from statistics import mean
@@ -18,7 +19,7 @@ from transfuse.distill import Labels, LLMNeo
 from transfuse.evaluation import evaluate
 from transfuse.models import DecoderLM
 from transfuse.weights import GraftLLM
-from transfuse.weights.skillpack import Grafts
+from transfuse.weights.skillpack import Grafts, SkillPack
 
 LANGUAGES = ("de", "fr", "es")
 CONTEXT, HALF = 64, 16
@@ -49,8 +50,13 @@ def learned(
 
 @cache
 def base(smoke: bool) -> nn.Module:
-    """Three blocks of width 64, taught English pages."""
-    return learned(Labels(), lambda: DecoderLM(dim=64, depth=3, context=CONTEXT), text("", "train"), smoke, 0, **BASE)
+    """Taught English pages."""
+    return learned(Labels(), lambda: network(smoke), text("", "train"), smoke, 0, **BASE)
+
+
+def network(smoke: bool) -> nn.Module:
+    """Three blocks of width 64."""
+    return DecoderLM(dim=16 if smoke else 64, depth=1 if smoke else 3, context=CONTEXT)
 
 
 def nll(model: nn.Module, language: str, part: str, smoke: bool) -> float:
@@ -79,8 +85,8 @@ def trial(seed: int, smoke: bool, part: str = "test") -> Mapping[str, Mapping[st
         models = {"base": start, "fine-tuning": tuned}
         for arm, method in PACKS.items():
             models[arm] = transfer(method, tuned, start, data, seeds=[seed], task="language-model").model
-            found[arm][f"bits {language}"] = models[arm].skill_pack.bits / size  # type: ignore[union-attr, operator]
-        pack: Any = models["pack"].skill_pack
+            found[arm][f"bits {language}"] = pack_of(models[arm]).bits / size
+        pack = pack_of(models["pack"])
         rank = round(pack.bits / HALF / sum(m.in_features + m.out_features for m in _adapted(start)))
         models["adapters of equal size"] = learned(adapters(rank), start, data, smoke, seed, source=silent)
         for arm, model in models.items():
@@ -90,17 +96,17 @@ def trial(seed: int, smoke: bool, part: str = "test") -> Mapping[str, Mapping[st
         found["one after the other"][language] = nll(stream, language, part, smoke)
     found["one after the other"]["English"] = nll(stream, "", part, smoke)
     found["base"]["English"] = english
-    live = Grafts(stream := _copy(start))
+    live = Grafts(clean := copy.deepcopy(start))
     live.attach("last", pack)
     live.detach("last")
-    found["pack"]["English"] = nll(stream, "", part, smoke)
+    found["pack"]["English"] = nll(clean, "", part, smoke)
     return {arm: {"nll": mean(each[language] for language in languages), **each} for arm, each in found.items()}
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    other = DecoderLM(dim=64, depth=3, context=CONTEXT)
-    other.load_state_dict(model.state_dict())
-    return other
+def pack_of(model: Any) -> SkillPack:
+    """What the deployed model carries."""
+    pack: SkillPack = model.skill_pack
+    return pack
 
 
 def _adapted(model: nn.Module) -> list[nn.Linear]:
