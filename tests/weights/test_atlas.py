@@ -168,6 +168,7 @@ def test_a_budget_keeps_the_sources_with_the_largest_gradient_in_each_block():
     for row, model in enumerate(best[:, place].tolist()):
         tau = run[f"source.{model}"].fc.bias - run["target"].fc.bias
         assert torch.equal(method._vectors[0]["fc.bias"][row], tau)
+    ready(ATLAS(budget=2, l1=0.1))
     ready(one := ATLAS(blockwise=False, budget=1))
     assert one.chosen.unique().tolist() == [int(slopes.sum((1, 2)).abs().argmax())]
 

@@ -189,7 +189,7 @@ def test_arguments_and_sources_that_cannot_be_used():
     with pytest.raises(InputError, match="'layer2.weight' holds numbers that are not finite"):
         ready(AXIS(), [broken])
     run = Run({"target": CNN(), "source.0": CNN(seed=1)}, {"data": as_data(INPUTS)})
-    with pytest.raises(InputError, match="learns from labels"):
+    with pytest.raises(InputError, match="learns from the labels"):
         AXIS().setup(run, Batch(inputs=INPUTS))
     with pytest.raises(InputError, match="source="):
         ready(AXIS(), [])

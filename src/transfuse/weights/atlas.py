@@ -139,18 +139,13 @@ class ATLAS(Scaling):
             raise InputError("ATLAS: 'ufm' has no loss to choose sources by before it trusts samples: leave out budget")
         first = {name: data.sample(FIRST) for name, data in self._read(run).items()}
         batches = {name: ready(batch, run) for name, batch in first.items() if batch is not None}
-        scores = self.slopes(vectors, run, lambda: self.loss(batches, run))
+        scores = self.slopes(vectors, run, lambda: self._terms(batches, run))
         if not self.blockwise:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
         return scores.abs().topk(self.budget, dim=0).indices.sort(0).values
 
     def loss(self, batches: Batches, run: Run) -> Losses:
-        terms = {
-            "labels": self.labels_of,
-            "entropy": self.entropies_of,
-            "negation": self._negation,
-            "ufm": self._ufm,
-        }[self.objective](batches, run)
+        terms = dict(self._terms(batches, run))
         if self.l1:
             terms["l1"] = Term(self.coefficients.abs().sum(), weight=self.l1)
         if self.l2:
@@ -209,6 +204,16 @@ class ATLAS(Scaling):
         """The data of the objective, without labels where it must not see them."""
         unseen = self.objective in ("ufm", "entropy")
         return {name: data.without_labels() if unseen else data for name, data in run.data.items()}
+
+    def _terms(self, batches: Batches, run: Run) -> Losses:
+        """The objective without penalties."""
+        kinds = {
+            "labels": self.labels_of,
+            "entropy": self.entropies_of,
+            "negation": self._negation,
+            "ufm": self._ufm,
+        }
+        return kinds[self.objective](batches, run)
 
     def _negation(self, batches: Batches, run: Run) -> Losses:
         terms = self.labels_of(batches, run)

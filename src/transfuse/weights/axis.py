@@ -37,9 +37,9 @@ class AXIS(Composed):
     Sources are read one after the other and K terms are kept, so memory does not grow with their number. The terms of
     different sources are not orthogonal; U S V^T is found through QR of the stacked factors. The sum is not rescaled:
     two equal sources give twice the change (the report shows the ratio of spectral norms). What is no matrix (biases,
-    norms) gets the mean of the sources' changes; a matrix that no source has changed, such as a head that all share, stays
-    as it is. The target is the base; what is deployed is the base with everything
-    folded in. It runs in eval mode and keeps the base's buffers.
+    norms) gets the mean of the sources' changes; a matrix that no source has changed, such as a head that all share,
+    stays as it is. The target is the base; what is deployed is the base with everything folded in. It runs in eval mode
+    and keeps the base's buffers.
 
     The authors train ten epochs with AdamW and lr=0.1: singular values of differences are small numbers.
 
@@ -100,8 +100,8 @@ class AXIS(Composed):
     def setup(self, run: Run, sample: Batch | None) -> None:
         if run.shuffled:
             raise InputError("AXIS reads the sources' weights, not their outputs, so there is no shuffled arm")
-        if sample is None or sample.labels is None:
-            raise InputError("AXIS learns from labels: pass data=(inputs, labels)")
+        if sample is None or sample.labels is None or "data" not in run.data:
+            raise InputError("AXIS learns from the labels of one data set: pass data=(inputs, labels)")
         vectors = TaskVectors(run["target"], {role: run[role] for role in run.sources}, self.head)
         self._depths = depths_of(InMemory({block: p.detach() for block, p in vectors.base.items()}, "base"))
         draw, ratios = torch.Generator().manual_seed(run.seed), {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -212,8 +213,9 @@ def _tangent(f: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], st
     return value + slope
 
 
+@lru_cache(maxsize=256)
 def partition(shape: tuple[int, ...], groups: int, seed: int) -> Tensor:
-    """The group of every entry of a tensor, drawn once for all tensors of one shape."""
+    """The group of every entry of a tensor, drawn once for all tensors of one shape. Do not write to it."""
     draw = torch.Generator().manual_seed(rng.derive(seed, "partition", *shape))
     return torch.randint(groups, shape, generator=draw)
 
