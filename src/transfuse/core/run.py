@@ -102,7 +102,7 @@ class Run:
 
         Args:
             role: `"target"`, `"source"`, `"source.0"`, ...
-            batch: the model is called with its `inputs`.
+            batch: the model is called with its `inputs`, and told its `task` if its `forward` asks for that.
             grad: False runs without a graph, and moves no running statistics.
             params: parameters and buffers to use in the place of the model's own, by name.
             swap: activations to put in the place of tapped ones.
@@ -126,7 +126,7 @@ class Run:
         layer = self._output_layer(role, batch)
         with nullcontext() if grad else torch.no_grad(), autocast, opened as features, left_out(layer) as projections:
             try:
-                raw = call(model, batch.inputs, params)
+                raw = call(model, batch.inputs, params, batch.task)
             except Stopped:
                 raw = None
         if projections:

@@ -3,6 +3,9 @@
 Read :mod:`transfuse.weights.base` first. Merges of files: :mod:`transfuse.weights.engine`.
 """
 
+from transfuse.weights.adamerging import AdaMerging
+from transfuse.weights.atlas import ATLAS
+from transfuse.weights.axis import AXIS
 from transfuse.weights.base import Merge
 from transfuse.weights.breadcrumbs import Breadcrumbs
 from transfuse.weights.composed import Composed
@@ -12,6 +15,7 @@ from transfuse.weights.emoe import EMoE
 from transfuse.weights.emr import EMR
 from transfuse.weights.engine import Merged, merge
 from transfuse.weights.fisher import Fisher
+from transfuse.weights.graftllm import GraftLLM
 from transfuse.weights.karcher import Karcher
 from transfuse.weights.linear import Linear
 from transfuse.weights.low_rank_clone import LowRankClone
@@ -32,6 +36,8 @@ from transfuse.weights.ties import TIES
 from transfuse.weights.weight_squeezing import WeightSqueezing
 
 __all__ = [
+    "ATLAS",
+    "AXIS",
     "DARE",
     "DELLA",
     "EMR",
@@ -39,10 +45,12 @@ __all__ = [
     "SLERP",
     "TIES",
     "TSVM",
+    "AdaMerging",
     "Breadcrumbs",
     "Composed",
     "EMoE",
     "Fisher",
+    "GraftLLM",
     "GreedySoup",
     "IsoC",
     "Karcher",

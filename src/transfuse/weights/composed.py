@@ -40,6 +40,13 @@ class Composed(Method):
         """Parameters of the target that are trained beside the learned ones, for instance a new head."""
         return []
 
+    def run_composed(self, run: Run, batch: Batch, grad: bool = True) -> Outputs:
+        """The target's outputs with the computed parameters; gradients reach them and what is thawed, nothing else."""
+        target = run["target"]
+        thawed = {id(p) for p in self.thawed(target)}
+        own = {name: p if id(p) in thawed else p.detach() for name, p in target.named_parameters()}
+        return run("target", batch, grad, params={**own, **self.compose(target)})
+
     def stage(self, i: int, run: Run) -> Stage:
         if "data" not in run.data:
             raise InputError(f"{type(self).__name__} learns from one data set: pass it as data=...")
