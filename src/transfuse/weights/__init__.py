@@ -5,6 +5,7 @@ Read :mod:`transfuse.weights.base` first.
 
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
+from transfuse.weights.cross_d_conv import CrossDConv
 from transfuse.weights.linear import Linear
 
-__all__ = ["Composed", "Linear", "Merge"]
+__all__ = ["Composed", "CrossDConv", "Linear", "Merge"]
