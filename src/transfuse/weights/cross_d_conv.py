@@ -36,6 +36,7 @@ class CrossDConv(Method):
         centred: leave the constant shift by one voxel out.
         tune: `"all"`, or `"head"`: features stay as images have formed them.
         image_epochs: of the first stage, where it is not to have the caller's length.
+        image_lr_scale: factor of the caller's learning rate in the first stage.
 
     Raises:
         InputError: an argument is unknown or out of range, or a moving average is asked for.
@@ -63,6 +64,7 @@ class CrossDConv(Method):
         centred: bool = False,
         tune: str = "all",
         image_epochs: float | None = None,
+        image_lr_scale: float = 1.0,
     ):
         super().__init__()
         if kernels not in KERNELS:
@@ -71,9 +73,11 @@ class CrossDConv(Method):
             raise InputError(f"CrossDConv: tune is {tune!r}, it must be 'all' or 'head'")
         if image_epochs is not None and not image_epochs > 0:
             raise InputError(f"CrossDConv: image_epochs is {image_epochs}, it must be positive")
+        if not image_lr_scale > 0:
+            raise InputError(f"CrossDConv: image_lr_scale is {image_lr_scale}, it must be positive")
         require_steer("CrossDConv", steer, centred)
         self.kernels, self.steer, self.centred = kernels, steer, centred
-        self.tune, self.image_epochs = tune, image_epochs
+        self.tune, self.image_epochs, self.image_lr_scale = tune, image_epochs, image_lr_scale
         self.planes = Bag()
         """Share of the squared norm that each plane of a layer's carried kernels has, by its path."""
 
@@ -103,7 +107,8 @@ class CrossDConv(Method):
 
     def stage(self, i: int, run: Run) -> Stage:
         if i == 0:
-            phase = Phase("images", self.losses, run["images"].parameters())
+            group = {"params": list(run["images"].parameters()), "lr_scale": self.image_lr_scale}
+            phase = Phase("images", self.losses, [group])
             return Stage({"source": run.data["source"]}, [phase], epochs=self.image_epochs, train=("images",))
         whole = self.tune == "all"
         params = run["target"] if whole else run["target"].get_submodule(self._head)
