@@ -7,5 +7,6 @@ from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.cross_d_conv import CrossDConv
 from transfuse.weights.linear import Linear
+from transfuse.weights.tokalign import TokAlign
 
-__all__ = ["Composed", "CrossDConv", "Linear", "Merge"]
+__all__ = ["Composed", "CrossDConv", "Linear", "Merge", "TokAlign"]

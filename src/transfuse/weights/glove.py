@@ -13,8 +13,8 @@ from torch import Tensor
 
 from transfuse.core.errors import InputError
 
-CELLS = 4096
-"""Cells of the co-occurrence matrix that are learned from at once."""
+CELLS, STEPS = 4096, 100
+"""Cells that are learned from at once, at most, and steps in an iteration, at least: a small matrix needs them too."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def glove(
     w, c = ((torch.rand(size, dimension, generator=draws) - 0.5) / dimension for _ in range(2))
     b, d = torch.zeros(size), torch.zeros(size)
     squares = [torch.ones_like(table) for table in (w, c, b, d)]
-    losses = []
+    at_once, losses = min(CELLS, -(-len(rows) // STEPS)), []
     for _ in range(iterations):
         total = 0.0
-        for cells in torch.randperm(len(rows), generator=draws).split(CELLS):
+        for cells in torch.randperm(len(rows), generator=draws).split(at_once):
             i, j = rows[cells], columns[cells]
             ours, theirs = w.index_select(0, i), c.index_select(0, j)  # much faster than w[i] here
             error = (ours * theirs).sum(1) + b[i] + d[j] - wanted[cells]
