@@ -40,7 +40,7 @@ from transfuse.weights.token_mapping import (
     surfaces,
 )
 
-VOCABULARY, CONTEXT, LETTERS = 768, 72, 100
+VOCABULARY, CONTEXT, LETTERS = 768, 72, 90
 TRAIN, TEST = 2400, 300
 """Texts of each language."""
 SOURCE: dict[str, Any] = {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 30, "clip": 1.0}
@@ -53,7 +53,7 @@ Rows = Callable[[Tensor], Tensor]
 
 @cache
 def texts(language: str) -> tuple[list[str], list[str]]:
-    """Pieces of 100 letters of manual pages, of some to train on and of others to test."""
+    """Pieces of 90 letters of manual pages, of some to train on and of others to test."""
     pages = sorted(p for p in (MANUAL / language).glob("man[1-8]/*") if not p.is_symlink())
     if len(pages) < 100:
         raise StoreError(f"{len(pages)} manual pages in {MANUAL / language}: apt install manpages manpages-de")
@@ -219,7 +219,7 @@ PROOF = Study(
     name="tokalign",
     proves=("TokAlign",),
     data=(
-        "manual pages in English and German in pieces of 100 letters, 2,400 of each to train on and 300 of each, of "
+        "manual pages in English and German in pieces of 90 letters, 2,400 of each to train on and 300 of each, of "
         "other pages, to test; S is a byte-pair encoding of 768 tokens of the English ones, T of both languages"
     ),
     trial=trial,

@@ -241,6 +241,20 @@ def test_rows_of_a_bias_and_of_a_config_are_changed_as_well():
     assert changed(torch.tensor([[2]])).shape == (1, 1, 3)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_model_of_hugging_face_s_keeps_its_ties_and_knows_its_new_size(tie):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=7, num_key_value_heads=2, tie_word_embeddings=tie, **sizes)
+    llama = transformers.LlamaForCausalLM(config).eval()
+    order = torch.tensor([6, 0, 3, 3])
+    before = llama(torch.tensor([[6, 3]])).logits[..., order]
+    change_rows(llama, lambda rows: rows[order])
+    assert torch.allclose(llama(torch.tensor([[0, 2]])).logits, before, atol=1e-6)
+    assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tie
+    assert llama.config.vocab_size == 4
+
+
 def test_what_was_mapped_how_is_reported():
     method = TokAlign(**SMALL)
     assert method.panels() == []
