@@ -67,6 +67,10 @@ def texts(language: str) -> tuple[list[str], list[str]]:
     return found[0][:TRAIN], found[1][:TEST]
 
 
+def pieces(part: int, smoke: bool, *languages: str) -> list[str]:
+    return [t for language in languages for t in texts(language)[part][: 40 if smoke else None]]
+
+
 @cache
 def tokenizer(*languages: str) -> Any:
     """Byte-pair encoding of the texts to train on."""
@@ -81,10 +85,9 @@ def tokenizer(*languages: str) -> Any:
 
 
 @cache
-def data(part: int, *languages: str) -> dict[str, Any]:
+def data(part: int, smoke: bool, *languages: str) -> dict[str, Any]:
     """The texts as T reads them, and beside that as S does."""
-    pieces = [t for language in languages for t in texts(language)[part]]
-    return paired_tokens(pieces, tokenizer("", "de"), tokenizer(""), CONTEXT)
+    return paired_tokens(pieces(part, smoke, *languages), tokenizer("", "de"), tokenizer(""), CONTEXT)
 
 
 @cache
@@ -94,38 +97,37 @@ def source(smoke: bool) -> Any:
         model = DecoderLM(VOCABULARY, dim=64, depth=2, context=CONTEXT)
     steps = SMOKE_STEPS if smoke else SOURCE["steps"]
     training: dict[str, Any] = {**SOURCE, "steps": steps, "task": "language-model"}
-    found: Any = transfer(Labels(), None, model, as_read_by_s(0, "", "de"), **training).model
+    found: Any = transfer(Labels(), None, model, as_read_by_s(0, smoke, "", "de"), **training).model
     found.tokenizer = tokenizer("")
     return found
 
 
-def as_read_by_s(part: int, *languages: str) -> dict[str, Any]:
-    pieces = [t for language in languages for t in texts(language)[part]]
-    read = paired_tokens(pieces, tokenizer(""), tokenizer(""), CONTEXT)
+def as_read_by_s(part: int, smoke: bool, *languages: str) -> dict[str, Any]:
+    read = paired_tokens(pieces(part, smoke, *languages), tokenizer(""), tokenizer(""), CONTEXT)
     return {"inputs": read["inputs"], "bytes": read["bytes"]}
 
 
 def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     """Every arm gives the rows of the new tokens another beginning; some are tuned, all alike, rows first."""
-    old, own = source(smoke), [bits(source(smoke), as_read_by_s(1, language)) for language in ("de", "")]
-    rows, mappings = beginnings(seed)
+    old, own = source(smoke), [bits(source(smoke), as_read_by_s(1, smoke, language)) for language in ("de", "")]
+    rows, mappings = beginnings(seed, smoke)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, change in rows.items():
             moved = copy.deepcopy(old)
             change_rows(moved, change)
             moved.tokenizer = tokenizer("", "de")
-            scores = [bits(moved, data(1, language)) for language in ("de", "")]
+            scores = [bits(moved, data(1, smoke, language)) for language in ("de", "")]
             found[name] = {
                 "bits per byte": sum(scores) / 2,
                 "german": scores[0],
                 "english": scores[1],
                 "german with the old tokens": own[0],
                 "english with the old tokens": own[1],
-                "german tokens for each new one": _compression(),
+                "german tokens for each new one": _compression(smoke),
             }
             if name in mappings:
-                found[name]["bleu-1"] = _quality(mappings[name])
+                found[name]["bleu-1"] = _quality(mappings[name], smoke)
             if name in TUNED:
                 halves = tuned(moved, name, mappings, old, Path(folder), seed, smoke)
                 found[name] |= {"rows tuned": halves[0], "all tuned": halves[1]}
@@ -151,19 +153,21 @@ def tuned(moved: Any, name: str, mappings: Any, old: Any, folder: Path, seed: in
 
     method = TokAlign(str(folder / "mapping.json"))
     options = {**TUNING, "steps": steps, "seeds": [seed], "task": "language-model", "listener": listener}
-    model = transfer(method, begun, target, data(0, "", "de"), **options).model
-    first, last = ([bits(m, data(1, language)) for language in ("de", "")] for m in (between[0], model))
+    model = transfer(method, begun, target, data(0, smoke, "", "de"), **options).model
+    first, last = ([bits(m, data(1, smoke, language)) for language in ("de", "")] for m in (between[0], model))
     return sum(first) / 2, sum(last) / 2
 
 
-def beginnings(seed: int) -> tuple[dict[str, Rows], dict[str, TokenMapping]]:
+def beginnings(seed: int, smoke: bool) -> tuple[dict[str, Rows], dict[str, TokenMapping]]:
     """By arm, what makes the new table from the old one; and the mappings where it is one."""
     looks = surfaces(tokenizer("", "de")), surfaces(tokenizer(""))
     gold = gold_pairs(*looks)
-    read = Batch(data(0, "", "de"))
+    read = Batch(data(0, smoke, "", "de"))
     counts = [cooccurrence(real_ids(b).split(256), VOCABULARY) for b in (read, read.for_source())]
-    ours, theirs = (glove(c, DIMENSION, seed=rng.derive(seed, side)) for side, c in enumerate(counts))
-    spaces = {s: comparable(ours, theirs, gold, PIVOTS, s, seed) for s in SIMILARITIES}
+    ours, theirs = (
+        glove(c, DIMENSION, 1 if smoke else 15, seed=rng.derive(seed, side)) for side, c in enumerate(counts)
+    )
+    spaces = {s: comparable(ours, theirs, gold, 10 if smoke else PIVOTS, s, seed) for s in SIMILARITIES}
     mappings = {f"tokalign {s}": mapped(*looks, space, gold, {}, [], seed) for s, space in spaces.items()}
     draws = torch.Generator().manual_seed(seed)
     order = torch.randperm(VOCABULARY, generator=draws)
@@ -204,13 +208,13 @@ def bits(model: Any, held_out: Any) -> float:
     return float(found.metrics["bits_per_byte"])
 
 
-def _quality(mapping: TokenMapping) -> float:
-    read = Batch(data(1, "de"))
+def _quality(mapping: TokenMapping, smoke: bool) -> float:
+    read = Batch(data(1, smoke, "de"))
     return alignment_quality(mapping, real_ids(read), real_ids(read.for_source()))
 
 
-def _compression() -> float:
-    read = Batch(data(1, "de"))
+def _compression(smoke: bool) -> float:
+    read = Batch(data(1, smoke, "de"))
     ours, theirs = ((real_ids(b) >= 0).sum() for b in (read, read.for_source()))
     return float(theirs / ours)
 
