@@ -41,13 +41,15 @@ def trial(seed: int, smoke: bool) -> Mapping[str, Numbers]:
     """Every arm has the same student and the same text, of which 2,048 windows serve."""
     teacher, begun = trained(TEACHER, smoke), trained(START, smoke)
     train, test = windows(small_text(), smoke)
-    options = {**TRAINING, "steps": SMOKE_STEPS if smoke else TRAINING["steps"], "task": "language-model"}
+    options = {**TRAINING, "task": "language-model"}
+    if smoke:
+        options, test = {**options, "steps": SMOKE_STEPS, "batch_size": 4}, test[:16]
     found = {}
     for name, method in ARMS.items():
         source = None if isinstance(method, Labels) else teacher
         result = transfer(method, source, begun, train[:2048], test=test, seeds=[seed], **options)
         metrics = dict(result.arms[0].evaluations[0].metrics)
-        own, likely = own_texts(result.model, teacher, test[: 8 if smoke else 128], seed)
+        own, likely = own_texts(result.model, teacher, test[:128], seed)
         found[name] = {
             "bits per byte": metrics["nll"] / 0.6931471805599453,
             "agreement": agreement(result.model, teacher, test[:256]),
