@@ -210,12 +210,8 @@ def _lifted(path: str, kernel: Tensor, size: int, kernels: Kernels) -> Tensor:
 
 def _layers(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Module]:
     """The layers with tensors of their own, but for steering."""
-    steering = [f"{path}.steering" for path, m in model.named_modules() if isinstance(m, CrossDConv2d)]
-    return {
-        path: m
-        for path, m in model.named_modules()
-        if _own(m) and path not in skip and not any(path.startswith(s) for s in steering)
-    }
+    steering, named = _steering(model), model.named_modules()
+    return {path: m for path, m in named if _own(m) and path not in skip and not path.startswith(steering)}
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -225,9 +221,10 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _replaced(model: nn.Module, old: str, new: str, conv: Callable[[str, Any], nn.Module]) -> nn.Module:
     """A copy with layers whose type ends with `old` replaced by those that end with `new`."""
     copied = copy.deepcopy(model)
+    steering = _steering(model)
     for path, layer in list(copied.named_modules()):
         kind = type(layer).__name__
-        if not kind.endswith(old) or any(path.startswith(f"{p}.steering") for p in _steered(model)):
+        if not kind.endswith(old) or path.startswith(steering):
             continue
         made = conv(path, layer) if kind in (f"Conv{old}", "CrossDConv2d") else _counterpart(path, layer, old, new)
         parent, _, name = path.rpartition(".")
@@ -235,8 +232,9 @@ def _replaced(model: nn.Module, old: str, new: str, conv: Callable[[str, Any], n
     return copied
 
 
-def _steered(model: nn.Module) -> list[str]:
-    return [path for path, m in model.named_modules() if isinstance(m, CrossDConv2d)]
+def _steering(model: nn.Module) -> tuple[str, ...]:
+    """Where the steering of moved kernels is, which has no counterpart in other dimensions."""
+    return tuple(f"{path}.steering" for path, m in model.named_modules() if isinstance(m, CrossDConv2d))
 
 
 SETTINGS = {
