@@ -195,6 +195,7 @@ def test_kernels_are_copied_exactly_both_ways_and_statistics_with_them():
 
 def test_a_network_that_is_flattened_and_raised_again_has_its_old_shape():
     old = VolumeNet()
+    assert isinstance(raised(nn.Conv2d(1, 2, 3)), nn.Conv3d)
     for kernels in ("cross", "inflate"):
         again = raised(flattened(old, kernels))
         assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in old.state_dict().items()}

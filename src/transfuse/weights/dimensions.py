@@ -227,6 +227,8 @@ def _replaced(model: nn.Module, old: str, new: str, conv: Callable[[str, Any], n
         if not kind.endswith(old) or path.startswith(steering):
             continue
         made = conv(path, layer) if kind in (f"Conv{old}", "CrossDConv2d") else _counterpart(path, layer, old, new)
+        if not path:  # the model is this layer
+            return made
         parent, _, name = path.rpartition(".")
         setattr(copied.get_submodule(parent), name, made)
     return copied
