@@ -19,6 +19,7 @@
 - :mod:`~transfuse.losses.routing`: how a router spreads tokens over experts
 - :mod:`~transfuse.losses.transform`: what a teacher's logits become before they are compared
 - :mod:`~transfuse.losses.transport`: plans of optimal transport between two sets
+- :mod:`~transfuse.losses.kernels`: convolution kernels moved, turned and made of each other
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.

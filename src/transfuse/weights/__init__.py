@@ -9,6 +9,7 @@ from transfuse.weights.axis import AXIS
 from transfuse.weights.base import Merge
 from transfuse.weights.breadcrumbs import Breadcrumbs
 from transfuse.weights.composed import Composed
+from transfuse.weights.cross_d_conv import CrossDConv
 from transfuse.weights.dare import DARE
 from transfuse.weights.della import DELLA
 from transfuse.weights.emoe import EMoE
@@ -33,6 +34,7 @@ from transfuse.weights.soup import GreedySoup
 from transfuse.weights.subspaces import TSVM, IsoC
 from transfuse.weights.task_arithmetic import TaskArithmetic
 from transfuse.weights.ties import TIES
+from transfuse.weights.tokalign import TokAlign
 from transfuse.weights.weight_squeezing import WeightSqueezing
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "AdaMerging",
     "Breadcrumbs",
     "Composed",
+    "CrossDConv",
     "EMoE",
     "Fisher",
     "GraftLLM",
@@ -67,6 +70,7 @@ __all__ = [
     "ScaleOut",
     "ScaleUp",
     "TaskArithmetic",
+    "TokAlign",
     "WeightSqueezing",
     "merge",
 ]
