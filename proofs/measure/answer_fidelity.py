@@ -142,7 +142,7 @@ PROOF = Study(
         "fidelity are two things, which is the paper's point. Temperatures 2 and 5 change little here and do not "
         "help. Rank correlations are of ten cells a seed. The sheet's larger students and teachers do not fit in the "
         "minutes that a proof has; longer training of the students is what should come first. A first version with a "
-        "teacher that had seen the students' own questions gave students equal to those of labels, answer by answer: "
-        "such a teacher is as sure as the labels are."
+        "teacher that had seen the students' own questions gave, with one seed, the very numbers of labels: such a "
+        "teacher is as sure as the labels are."
     ),
 )
