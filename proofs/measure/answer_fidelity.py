@@ -132,4 +132,17 @@ PROOF = Study(
         "Students with a teacher agree with it more often than those without; noise of sigma 5 on its logits costs "
         "accuracy, and a teacher that does not know the task costs more. Accuracy may rise without fidelity"
     ),
+    notes=(
+        "The students are trained too little to say much: after 200 updates every arm answers about a tenth of the "
+        "questions (0.08 to 0.11; the teacher 0.87), and agreement, which can hardly be more, is level (0.10 with "
+        "forward KL, 0.10 without a teacher). What is clear is fidelity. A teacher that does not know the task leaves"
+        " nothing (accuracy 0, BLEU 1), as expected. Noise of sigma 5 costs forward KL a quarter of its accuracy "
+        "(0.11 to 0.08, within the noise of 100 questions) and 12 points of BLEU (85 to 73); sigma 2 costs half a "
+        "point. Reverse KL and GKD are as accurate as the others with BLEU of 75 and 71 against 85: accuracy and "
+        "fidelity are two things, which is the paper's point. Temperatures 2 and 5 change little here and do not "
+        "help. Rank correlations are of ten cells a seed. The sheet's larger students and teachers do not fit in the "
+        "minutes that a proof has; longer training of the students is what should come first. A first version with a "
+        "teacher that had seen the students' own questions gave, with one seed, the very numbers of labels: such a "
+        "teacher is as sure as the labels are."
+    ),
 )
