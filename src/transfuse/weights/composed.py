@@ -32,10 +32,6 @@ class Composed(Method):
         """The terms of one micro-batch; run the target with `self.run_composed(run, batch)`."""
         raise NotImplementedError
 
-    def run_composed(self, run: Run, batch: Batch, grad: bool = True) -> Outputs:
-        """Run the target with the computed parameters; its output layer's too, be it tied or left to the loss."""
-        return run("target", batch, grad=grad, params=self.compose(run["target"]))
-
     def thawed(self, target: nn.Module) -> list[nn.Parameter]:
         """Parameters of the target that are trained beside the learned ones, for instance a new head."""
         return []

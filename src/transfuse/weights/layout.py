@@ -6,7 +6,6 @@ of the user's that calls its layers the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch, token_ids
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, modes_kept
 
@@ -120,10 +118,3 @@ def reads_inputs(model: nn.Module, inputs: Any) -> set[nn.Module]:
         for handle in handles:
             handle.remove()
     return found
-
-
-def real_tokens(batch: Batch) -> Tensor:
-    """Where the tokens of a batch are no padding, `(batch, tokens)`."""
-    tokens = token_ids(batch)
-    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    return torch.ones_like(tokens, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()

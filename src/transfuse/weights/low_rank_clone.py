@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transfuse.core.batch import Batch
+from transfuse.core.batch import Batch, real_tokens
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError, ShapeError
 from transfuse.core.phases import Batches, Losses
 from transfuse.core.run import Run
 from transfuse.core.teacher import same_classes
 from transfuse.losses import IGNORE, Divergence, Term, match
-from transfuse.weights.layout import Layer, layers_of, real_tokens
+from transfuse.weights.layout import Layer, layers_of
 from transfuse.weights.maps import Mapped, Rule
 
 TERMS = ("q", "k", "v", "attention", "gate", "up", "ffn")

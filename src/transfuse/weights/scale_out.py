@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch
+from transfuse.core.batch import Batch, real_tokens
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError
 from transfuse.core.labels import labels_term
@@ -17,7 +17,6 @@ from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.losses import Term, balance_loss, router_z_loss
 from transfuse.weights.experts import upcycled
-from transfuse.weights.layout import real_tokens
 
 
 class ScaleOut(Method):
