@@ -199,7 +199,7 @@ def test_it_learns_and_other_streams_and_reports_work(tmp_path):
     data = {"data": ragged_tokens(), "seeds": ragged_tokens(5, 3)}
     result = transfer(
         NeuralNuggets(rank=2, dropout=0.0), language_model(1, dim=12, depth=3), language_model(depth=2), data,
-        test=ragged_tokens(), compare=["shuffled teacher"], task="language-model", steps=12, batch_size=6, lr=1e-2,
+        test=ragged_tokens(), compare=["shuffled teacher"], task="language-model", steps=20, batch_size=6, lr=2e-2,
         out=tmp_path / "run",
     )  # fmt: skip
     text = (tmp_path / "run" / "report.json").read_text()
@@ -283,5 +283,7 @@ def test_a_moving_average_is_refused_and_data_of_other_names():
     with pytest.raises(InputError, match=r"ema is 0\.9"):
         nuggets(ema=0.9).fit()
     with pytest.raises(InputError, match="tuned on one data set"):
-        transfer(NeuralNuggets(rank=2), language_model(1, dim=12, depth=3), language_model(depth=2),
-                 {"a": ragged_tokens()}, test=ragged_tokens(), task="language-model", steps=1, batch_size=6)  # fmt: skip
+        transfer(
+            NeuralNuggets(rank=2), language_model(1, dim=12, depth=3), language_model(depth=2), {"a": ragged_tokens()},
+            test=ragged_tokens(), task="language-model", steps=1, batch_size=6,
+        )  # fmt: skip

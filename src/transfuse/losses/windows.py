@@ -29,7 +29,7 @@ def best_rows_columns(scores: Tensor, shape: tuple[int, int]) -> tuple[Tensor, T
     """The a rows and the b columns with the largest mean score, each in its order, `(a,)` and `(b,)`."""
     _require_fit(scores, shape)
     (a, b), means = shape, (scores.double().mean(1), scores.double().mean(0))
-    rows, columns = (m.argsort(descending=True, stable=True)[:k].sort().values for m, k in zip(means, (a, b)))
+    rows, columns = (m.argsort(descending=True, stable=True)[:k].sort().values for m, k in zip(means, (a, b), strict=True))
     return rows, columns
 
 
@@ -51,5 +51,5 @@ def low_rank(matrix: Tensor, rank: int, balanced: bool = False) -> tuple[Tensor,
 
 
 def _require_fit(scores: Tensor, shape: tuple[int, int]) -> None:
-    if scores.dim() != 2 or not all(0 < part <= whole for part, whole in zip(shape, scores.shape)):
+    if scores.dim() != 2 or not all(0 < part <= whole for part, whole in zip(shape, scores.shape, strict=True)):
         raise ValueError(f"a window of {shape} does not fit into a matrix of {tuple(scores.shape)}")

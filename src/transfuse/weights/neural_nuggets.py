@@ -228,23 +228,28 @@ class NeuralNuggets(Method):
             rows, columns = self._choose(sensitivity.cpu(), tuple(layer.base_layer.weight.shape), path, run)
             rows, columns = rows.to(weight.device), columns.to(weight.device)
             nugget = weight.detach().float()[rows][:, columns]
-            b, a = low_rank(nugget.T if turned(layer) else nugget, self.rank, self.balanced)
-            if run.shuffled:
-                b, a = _rotated(b, run, path, "left"), _rotated(a.T, run, path, "right").T
+            b, a = self.begin(nugget.T if turned(layer) else nugget, path, run)
             share = sensitivity[rows][:, columns].sum() / sensitivity.sum().clamp(min=1e-30)
             self.nuggets[f"B {_flat(path)}"], self.nuggets[f"A {_flat(path)}"] = b, a.contiguous()
             self.nuggets[f"share {_flat(path)}"] = share
             with torch.no_grad():
-                for parameter, value in zip(factors(layer), (b, a), strict=False):
+                for parameter, value in zip(factors(layer)[:2], (b, a), strict=True):
                     parameter.copy_(value)
+
+    def begin(self, nugget: Tensor, path: str, run: Run) -> tuple[Tensor, Tensor]:
+        """B_0 and A_0 of a layer from what was cut out for it, `(out, in)`."""
+        b, a = low_rank(nugget, self.rank, self.balanced)
+        if run.shuffled:
+            b, a = _rotated(b, run, path, "left"), _rotated(a.T, run, path, "right").T
+        return b, a
 
     def _choose(self, scores: Tensor, shape: tuple[int, ...], path: str, run: Run) -> tuple[Tensor, Tensor]:
         if self.window == "rows_cols":
             return best_rows_columns(scores, (shape[0], shape[1]))
         if self.window == "random":
             draw = run.shared_rng("window", path)
-            begins = [int(torch.randint(m - n + 1, (), generator=draw)) for m, n in zip(scores.shape, shape)]
-            rows, columns = (torch.arange(begin, begin + n) for begin, n in zip(begins, shape))
+            begins = [int(torch.randint(m - n + 1, (), generator=draw)) for m, n in zip(scores.shape, shape, strict=True)]
+            rows, columns = (torch.arange(begin, begin + n) for begin, n in zip(begins, shape, strict=True))
             return rows, columns
         return best_window(scores, (shape[0], shape[1]))
 
@@ -255,7 +260,7 @@ class NeuralNuggets(Method):
         """Give the adapted model the base that its adapters start from; from saved state, so again after a resume."""
         model, layers = self._lora
         for path in layers:
-            layer = model.get_submodule(path)
+            layer: Any = model.get_submodule(path)
             layer.base_layer.weight.copy_(self._base(layer, path, eager(target)))
 
     def _base(self, layer: Any, path: str, target: nn.Module) -> Tensor:
@@ -275,7 +280,8 @@ class NeuralNuggets(Method):
             return merged
         model, layers = self._lora
         for path in layers:
-            layer, own = model.get_submodule(path), eager(merged).get_submodule(path)
+            layer = model.get_submodule(path)
+            own: Any = eager(merged).get_submodule(path)
             b, a, scale = factors(layer)
             product = b.float() @ a.float()
             own.weight.copy_(self._base(layer, path, eager(target)) + scale * (product.T if turned(layer) else product))
