@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from proofs.proof import Trained
-from proofs.runner import SMOKE_SAMPLES, SMOKE_STEPS, trained
+from proofs.runner import SMOKE_STEPS, trained
 from proofs.small_llama import french_messages, llama
 from proofs.small_text import small_text
 from proofs.study import Study
@@ -21,16 +21,16 @@ from transfuse.weights import NeuralNuggets
 STUDENT = Trained(
     build=lambda: llama(64, 2, 4, 160),
     splits=small_text,
-    training={"steps": 300, "batch_size": 32, "lr": 3e-3, "warmup": 30, "clip": 1.0},
+    training={"steps": 200, "batch_size": 24, "lr": 3e-3, "warmup": 30, "clip": 1.0},
 )
 TEACHER = Trained(
     build=lambda: llama(96, 4, 6, 256),
     splits=small_text,
-    training={"steps": 600, "batch_size": 32, "lr": 3e-3, "warmup": 30, "clip": 1.0},
+    training={"steps": 350, "batch_size": 24, "lr": 3e-3, "warmup": 30, "clip": 1.0},
 )
-TASK: dict[str, Any] = {"steps": 200, "batch_size": 32, "lr": 1e-3, "warmup": 10, "clip": 1.0}
-TRAINING: dict[str, Any] = {"steps": 96, "batch_size": 16, "lr": 3e-3, "clip": 1.0}
-LINES, HELD_OUT = 500, 400
+TASK: dict[str, Any] = {"steps": 120, "batch_size": 24, "lr": 1e-3, "warmup": 10, "clip": 1.0}
+TRAINING: dict[str, Any] = {"steps": 64, "batch_size": 16, "lr": 3e-3, "clip": 1.0}
+LINES, HELD_OUT, SMOKE = 500, 200, 16
 
 
 class RandomLoRA(NeuralNuggets):
@@ -54,16 +54,16 @@ def tuned(
 ) -> dict[str, dict[str, float]]:
     """Every arm on the same lines, which another seed draws anew; `test` is only scored, nothing is chosen by it."""
     order = torch.randperm(len(train["input_ids"]), generator=torch.Generator().manual_seed(seed))
-    data = {"input_ids": train["input_ids"][order[:LINES]]}
-    held_out = {"input_ids": test["input_ids"][: SMOKE_SAMPLES if smoke else HELD_OUT]}
+    data = {"input_ids": train["input_ids"][order[: SMOKE if smoke else LINES]]}
+    held_out = {"input_ids": test["input_ids"][: SMOKE if smoke else HELD_OUT]}
     training = {**TRAINING, **given, **({"steps": SMOKE_STEPS} if smoke else {})}
-    own = copy.deepcopy(student)
+    own, seeds = copy.deepcopy(student), 2 if smoke else 32
     arms: dict[str, tuple[NeuralNuggets, nn.Module]] = {
-        "nuggets": (NeuralNuggets(rank=8), teacher),
-        "random LoRA": (RandomLoRA(rank=8), teacher),
-        "own weights (PiSSA)": (NeuralNuggets(rank=8), own),
-        "random window": (NeuralNuggets(rank=8, window="random"), teacher),
-        "shuffled teacher": (NeuralNuggets(rank=8), teacher),
+        "nuggets": (NeuralNuggets(rank=8, samples=seeds), teacher),
+        "random LoRA": (RandomLoRA(rank=8, samples=seeds), teacher),
+        "own weights (PiSSA)": (NeuralNuggets(rank=8, samples=seeds), own),
+        "random window": (NeuralNuggets(rank=8, samples=seeds, window="random"), teacher),
+        "shuffled teacher": (NeuralNuggets(rank=8, samples=seeds), teacher),
     }
     found = {}
     for name, (method, source) in arms.items():
@@ -96,7 +96,7 @@ PROOF = Study(
     name="neural_nuggets",
     proves=("NeuralNuggets",),
     data=(
-        "French messages of programs (gettext) in windows of 64 bytes: 500 to tune on, 400 to test. The student, a "
+        "French messages of programs (gettext) in windows of 64 bytes: 500 to tune on, 200 to test. The student, a "
         "Llama of 2 layers and width 64, has read source code of CPython's library; the teacher, 4 layers of width "
         "96, has read it longer, and then all French messages of the training part"
     ),

@@ -29,7 +29,9 @@ def best_rows_columns(scores: Tensor, shape: tuple[int, int]) -> tuple[Tensor, T
     """The a rows and the b columns with the largest mean score, each in its order, `(a,)` and `(b,)`."""
     _require_fit(scores, shape)
     (a, b), means = shape, (scores.double().mean(1), scores.double().mean(0))
-    rows, columns = (m.argsort(descending=True, stable=True)[:k].sort().values for m, k in zip(means, (a, b), strict=True))
+    rows, columns = (
+        m.argsort(descending=True, stable=True)[:k].sort().values for m, k in zip(means, (a, b), strict=True)
+    )
     return rows, columns
 
 

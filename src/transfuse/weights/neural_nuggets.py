@@ -248,7 +248,9 @@ class NeuralNuggets(Method):
             return best_rows_columns(scores, (shape[0], shape[1]))
         if self.window == "random":
             draw = run.shared_rng("window", path)
-            begins = [int(torch.randint(m - n + 1, (), generator=draw)) for m, n in zip(scores.shape, shape, strict=True)]
+            begins = [
+                int(torch.randint(m - n + 1, (), generator=draw)) for m, n in zip(scores.shape, shape, strict=True)
+            ]
             rows, columns = (torch.arange(begin, begin + n) for begin, n in zip(begins, shape, strict=True))
             return rows, columns
         return best_window(scores, (shape[0], shape[1]))
