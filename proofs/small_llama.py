@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,11 +36,7 @@ def kinds(size: int, held_out: int) -> dict[str, dict[str, Tensor]]:
     """Source code, English documentation, German and French manual pages: windows for train, validate and test."""
     found = {"code": _cut(byte_text(context=CONTEXT), size, held_out)}
     for name, kind in (("docs", "python"), ("german", "man-de"), ("french", "man-fr")):
-        try:
-            splits = documents(kind, context=CONTEXT, size=size, test_size=held_out)
-        except ValueError:  # these pages are not installed: messages of programs are another text of the language
-            splits = messages(kind.removeprefix("man-"), context=CONTEXT)
-        found[name] = _cut(splits, size, held_out)
+        found[name] = _cut(documents(kind, context=CONTEXT, size=size, test_size=held_out), size, held_out)
     return found
 
 
@@ -55,11 +52,6 @@ def _cut(splits: Splits, size: int, held_out: int) -> dict[str, Tensor]:
     return {name: _tokens(part)[:count] for name, (part, count) in parts.items()}
 
 
-def _tokens(part: object) -> Tensor:
-    if isinstance(part, dict):
-        rows = part.get("foreign", part)
-        inputs = rows.get("inputs", rows)
-        tokens: Tensor = inputs["input_ids"]
-        return tokens
-    tensors: tuple[Tensor, ...] = part.tensors  # type: ignore[attr-defined]
-    return tensors[0]
+def _tokens(part: Any) -> Tensor:
+    tokens: Tensor = part["inputs"]["input_ids"] if isinstance(part, dict) else part.tensors[0]
+    return tokens

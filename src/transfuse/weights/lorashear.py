@@ -36,17 +36,17 @@ TINY = 1e-8
 class LoRAShear(Method):
     """Take heads and hidden channels out of a model, with training memory of the size of adapters.
 
-        x~_g = (T_p - t - 1) / (T_p - t) * [x + alpha / r * B A]_g      for the groups g of the period, t = 0 ... T_p - 1
+        x~_g = (T_p - t - 1) / (T_p - t) * [x + alpha / r * B A]_g      for groups g of the period, t = 0 ... T_p - 1
         x_g  = 0 where <x~_g, x_g> < epsilon ||x_g||^2, else x~_g;      B_g = 0, it has moved into x
 
     1. Each node (the heads, or channels, of one layer) is pruned on trial; the share `protect` of nodes on which
        perplexity depends most stays whole.
-    2. After a warm-up, K groups fade in `periods` periods, K / periods in each: the least salient of those that are
-       left. Adapters on every linear layer learn all the while, so that kept groups absorb what fading ones lose. At the
-       end of a period B A moves into the weights of all others.
+    2. After a warm-up, K groups fade in `periods` periods, K / periods in each: the least salient of those left.
+       Adapters on every linear layer learn all the while, so that kept groups absorb what fading ones lose. At the end
+       of a period B A moves into the weights of all others.
     3. Recovery, in rounds: adapters learn from sources mixed by how much each has lost, p_s = (1 - floor) *
-       degradation_s / sum + floor / S, first from the pre-training sources, then from the instructions. A part ends early
-       after two rounds that improve by less than 0.5 %.
+       degradation_s / sum + floor / S, first from the pre-training sources, then from the instructions. A part ends
+       early after two rounds that improve by less than 0.5 %.
 
     Saliency sums five criteria, each with norm one over all groups of a kind: ||x_g||, ||x_g|| / sqrt(n), cosine + 1 of
     x_g and (B A)_g, |<x_g, (B A)_g>|, and half its square. Heads and channels are ranked apart: a head has hundreds of
@@ -387,7 +387,7 @@ class LoRAShear(Method):
             {
                 "kind": "matrix",
                 "title": "What was left of every layer",
-                "note": "How much perplexity rose when a part of the node was left out on trial, and the share that stays.",
+                "note": "How much perplexity rose with a part of the node left out on trial, and the share that stays.",
                 "rows": names,
                 "columns": ["deviation", "share kept"],
                 "values": [[float(d), s] for d, s in zip(deviation, left, strict=True)],
@@ -419,7 +419,7 @@ def saliency(x: Sequence[Tensor], moved: Sequence[Tensor], weights: Sequence[flo
     cosine = inner / (size * other).clamp(min=TINY)
     criteria = torch.stack([size, average, cosine + 1, inner.abs(), 0.5 * inner**2])
     normal = criteria / criteria.norm(dim=1, keepdim=True).clamp(min=TINY)
-    return torch.tensor(list(weights), device=normal.device) @ normal
+    return normal.new_tensor([float(w) for w in weights]) @ normal
 
 
 def outside(proposed: Tensor, current: Tensor, epsilon: float) -> Tensor:

@@ -166,8 +166,8 @@ class NeuralNuggets(Method):
                 raise ShapeError(f"{name} is {theirs} in the source, {mine} in the target: the source must be larger")
             if not path.startswith(stack + ".") and theirs[0] != mine[0]:
                 raise VocabularyError(
-                    f"{name} knows {theirs[0]} tokens in the source, {mine[0]} in the target: pass embeddings=False, or "
-                    "models of one vocabulary"
+                    f"{name} knows {theirs[0]} tokens in the source, {mine[0]} in the target: pass embeddings=False "
+                    "or models of one vocabulary"
                 )
 
     def begin_stage(self, i: int, run: Run) -> bool:
