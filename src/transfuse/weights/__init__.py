@@ -19,10 +19,12 @@ from transfuse.weights.fisher import Fisher
 from transfuse.weights.graftllm import GraftLLM
 from transfuse.weights.karcher import Karcher
 from transfuse.weights.linear import Linear
+from transfuse.weights.lorashear import LoRAShear
 from transfuse.weights.low_rank_clone import LowRankClone
 from transfuse.weights.model_stock import ModelStock
 from transfuse.weights.multislerp import MultiSLERP
 from transfuse.weights.nearswap import NearSwap
+from transfuse.weights.neural_nuggets import NeuralNuggets
 from transfuse.weights.nuslerp import NuSLERP
 from transfuse.weights.passthrough import Passthrough
 from transfuse.weights.regmean import RegMean
@@ -58,12 +60,14 @@ __all__ = [
     "IsoC",
     "Karcher",
     "Linear",
+    "LoRAShear",
     "LowRankClone",
     "Merge",
     "Merged",
     "ModelStock",
     "MultiSLERP",
     "NearSwap",
+    "NeuralNuggets",
     "NuSLERP",
     "Passthrough",
     "RegMean",
