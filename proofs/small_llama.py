@@ -43,8 +43,9 @@ def kinds(size: int, held_out: int) -> dict[str, dict[str, Tensor]]:
 def french_messages() -> Splits:
     """Messages of programs in French, in windows."""
     splits = messages("fr", context=CONTEXT)
-    parts = [{"input_ids": part["foreign"]["input_ids"]} for part in (splits.train, splits.validate, splits.test)]
-    return Splits(*parts, name="French messages of programs", task="language-model")
+    pools: Any = (splits.train, splits.validate, splits.test)
+    train, validate, test = ({"input_ids": part["foreign"]["input_ids"]} for part in pools)
+    return Splits(train, validate, test, name="French messages of programs", task="language-model")
 
 
 def _cut(splits: Splits, size: int, held_out: int) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ def trial(seed: int, smoke: bool) -> Mapping[str, float]:
     """The mean accuracy over both tasks."""
     start, data = base(smoke), [parts(task, seed) for task in TASKS]
     if smoke:
-        data = [tuple((x[:SMOKE_SAMPLES], y[:SMOKE_SAMPLES]) for x, y in sets) for sets in data]  # type: ignore[misc]
+        few = slice(SMOKE_SAMPLES)
+        data = [tuple((x[few], y[few]) for x, y in sets) for sets in data]  # type: ignore[misc]
     given: dict[str, Any] = {"steps": 100, "lr": 2e-3}
     models = [learned(Labels(), None, frozen_head(start), tune, smoke, seed, **given) for tune, _, _ in data]
     tests = [test for _, _, test in data]
@@ -54,6 +55,6 @@ PROOF = Study(
     ),
     baseline="average",
     metric="mean accuracy over tasks",
-    expected="SLERP within a point of the average, for models near each other lie on a nearly flat arc; NuSLERP of task "
-    "vectors, which keeps their length, above it; NearSwap and Passthrough know one of the two tasks",
+    expected="SLERP within a point of the average, for models near each other lie on a nearly flat arc; NuSLERP of "
+    "task vectors, which keeps their length, above it; NearSwap and Passthrough know one of the two tasks",
 )  # fmt: skip

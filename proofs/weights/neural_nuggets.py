@@ -112,7 +112,8 @@ PROOF = Study(
     seeds=(0, 1, 2, 3, 4),
     notes=(
         "As expected: below random LoRA with every seed, soonest at a quarter of the steps (2.86 against 3.01; the "
-        "student's own weights 2.88). The windows themselves matter little: a random one is within noise. A teacher with "
-        "turned factors keeps much of the gain, so a part of it is the scale of the beginning. No setting was tuned."
+        "student's own weights 2.88). The windows themselves matter little: a random one is within noise. A teacher "
+        "with turned factors keeps much of the gain, so a part of it is the scale of the beginning. No setting was "
+        "tuned."
     ),
 )

@@ -135,6 +135,7 @@ class LoRAShear(Method):
         self.found = Bag()
         """`deviation` of perplexity by node, `full` loss of every source, and `history`, its loss before each round."""
         self.register_buffer("at", torch.zeros(3, dtype=torch.long))
+        self.at: Tensor
         """Part (0 pruning, 1 sources, 2 instructions), rounds done in it, and how many of the last ones were stale."""
         self._lora: tuple[Any, ...] = ()
         self._nodes: tuple[Node, ...] = ()
@@ -206,7 +207,8 @@ class LoRAShear(Method):
 
     def _steps(self, run: Run) -> tuple[int, int, int]:
         """Updates of the warm-up, of the periods, which are of equal length, and of recovery."""
-        assert run.training is not None and run.training.steps is not None
+        assert run.training is not None
+        assert run.training.steps is not None
         total = run.training.steps
         fading = max(1, round(self.prune * total) // self.periods) * self.periods
         warm = round((self.warmup + self.prune) * total) - fading
