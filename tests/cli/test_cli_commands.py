@@ -106,7 +106,7 @@ def test_show_answers_an_unknown_method_with_the_nearest(transfuse: Run) -> None
 # Starter
 
 
-PYTHON_ONLY = {"RankC", "UniCAM", *starter.PYTHON_ONLY}
+PYTHON_ONLY = {"AnswerFidelity", "RankC", "UniCAM", *starter.PYTHON_ONLY}
 """Measures of several models or of facts, and methods with data of their own, which a recipe cannot name."""
 
 

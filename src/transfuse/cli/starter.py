@@ -68,9 +68,14 @@ FILLED: dict[str, object] = {
     "end": {"questions": 1.0},
 }
 """What stands for other arguments without a default, as the recipe of their family needs them."""
-PYTHON_ONLY = ("ByteSpanKD", "NearSwap", "Passthrough", "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT")
+PYTHON_ONLY = (
+    "AdapterFusion", "BottleneckAdapter", "ByteSpanKD", "CrossDConv", "EMoE", "GraftLLM", "LoRAShear", "LowRankClone",
+    "MasterASR", "NearSwap", "NeuralNuggets", "NeuronSpecialization", "Passthrough", "ScaLearn", "ScaleOut", "ScaleUp",
+    "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT", "TokAlign", "WeightSqueezing",
+)  # fmt: skip
 """Methods with data or a target made in Python: two readings of a text, how private tokens are, stored views, a teacher
-with other mixers; merges of one model with the base, for which `transfuse merge` is there."""
+with other mixers; merges of one model with the base, for which `transfuse merge` is there; larger and smaller models of one family, banks
+of adapters, networks for volumes."""
 BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
 """What methods of a family are compared with."""
 
