@@ -90,5 +90,10 @@ PROOF = Study(
     baseline="task arithmetic 0.3",
     metric="accuracy",
     expected="layer-wise above task-wise, that above task arithmetic and the average; five models are the upper bound",
-    notes="",
+    notes=(
+        "Minimising entropy does not pay here: coefficients by layer end a point below one scale for all "
+        "(0.766 against 0.777), and one coefficient for each task ends where task arithmetic with 0.3 stands."
+        " The five models together reach 0.895, so what the merge loses is not a matter of coefficients "
+        "alone."
+    ),
 )

@@ -88,5 +88,8 @@ PROOF = Study(
         "above fine-tuning, at 8 not necessarily"
     ),
     seeds=(0, 1, 2, 3, 4),
-    notes="",
+    notes=(
+        "As expected: coefficients by block above one for each source, both far above the base; at one and "
+        "two letters above fine-tuning, whose mean over all counts is 0.671."
+    ),
 )

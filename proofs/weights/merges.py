@@ -139,4 +139,10 @@ PROOF = Study(
     metric="mean accuracy over tasks",
     expected="TIES, TSV-M and Iso-C above the average; EMR, which is told the task, near each model on its own task; "
     "every merge above the mean of single models; greedy soup near the best single model",
+    notes=(
+        "Most merges lie within two points of the plain average, Iso-C highest: the copies were tuned for 100"
+        " steps with a common head and stay near each other. EMR, which is told the task, is far above them, "
+        "and still below each model on its own task. SCE and MultiSLERP, whose changes are as long as a "
+        "single task vector, are below the start; so is Fisher, from 64 samples of each task."
+    ),
 )  # fmt: skip

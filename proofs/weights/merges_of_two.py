@@ -57,4 +57,8 @@ PROOF = Study(
     metric="mean accuracy over tasks",
     expected="SLERP within a point of the average, for models near each other lie on a nearly flat arc; NuSLERP of "
     "task vectors, which keeps their length, above it; NearSwap and Passthrough know one of the two tasks",
+    notes=(
+        "The arc between two models that are near each other is the line between them: SLERP and the average "
+        "agree on every drawing."
+    ),
 )  # fmt: skip
