@@ -73,9 +73,9 @@ PYTHON_ONLY = (
     "MasterASR", "NearSwap", "NeuralNuggets", "NeuronSpecialization", "Passthrough", "ScaLearn", "ScaleOut", "ScaleUp",
     "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT", "TokAlign", "WeightSqueezing",
 )  # fmt: skip
-"""Methods with data or a target made in Python: two readings of a text, how private tokens are, stored views, a teacher
-with other mixers; merges of one model with the base, for which `transfuse merge` is there; larger and smaller models of one family, banks
-of adapters, networks for volumes."""
+"""Methods with data or models made in Python: two readings of a text, how private tokens are, stored views, a teacher
+with other mixers, larger and smaller models of one family, banks of adapters, networks for volumes. Merges of one model
+with the base are here as well: `transfuse merge` is there for them."""
 BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
 """What methods of a family are compared with."""
 
