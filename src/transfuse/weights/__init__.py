@@ -3,8 +3,11 @@
 Read :mod:`transfuse.weights.base` first.
 """
 
+from transfuse.weights.adapterfusion import AdapterFusion
+from transfuse.weights.adapters import BottleneckAdapter
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.linear import Linear
+from transfuse.weights.scalearn import ScaLearn
 
-__all__ = ["Composed", "Linear", "Merge"]
+__all__ = ["AdapterFusion", "BottleneckAdapter", "Composed", "Linear", "Merge", "ScaLearn"]
