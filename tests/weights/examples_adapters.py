@@ -44,7 +44,7 @@ def tokens(count: int = 12, classes: int = 3, seed: int = 0) -> dict[str, Any]:
     return {"input_ids": rows, "attention_mask": mask, "labels": labels}
 
 
-def source(seed: int, classes: int = 4, backbone: nn.Module | None = None) -> nn.Module:
+def source(seed: int, classes: int = 2, backbone: nn.Module | None = None) -> nn.Module:
     """A backbone with adapters that are far from zero."""
     model = copy.deepcopy(Encoder() if backbone is None else backbone)
     model.head = nn.Linear(DIM, classes)

@@ -237,6 +237,8 @@ class Combining(Inserting):
     Sources are models that :class:`BottleneckAdapter` (or a wide one of ScaLearn) gave, all on the target's backbone.
     """
 
+    scores_source = False
+
     def combination(self, count: int, dim: int) -> nn.Module:
         """The new module of one layer, for `count` adapters of width `dim`."""
         raise NotImplementedError
