@@ -36,7 +36,7 @@ PROOF = Study(
     proves=("AdapterFusion",),
     data=(
         "One-line descriptions of Debian packages (apt-cache dumpavail), up to 12 words of a vocabulary of 4,000. "
-        "Encoder of 3 blocks, width 64, pre-trained on masked words; adapters of bottleneck 8 for 6 source tasks (role, "
+        "Encoder of 3 blocks, width 64, pre-trained on masked words; adapters of bottleneck 8 of 6 source tasks (role, "
         "language, interface, what it works with, use, library section; up to 4,000 packages each) and for the target: "
         "one of 8 sections from 200 labels, 600 test packages, no source package and no class shared with the sources."
     ),

@@ -8,6 +8,17 @@ from transfuse.weights.adapters import BottleneckAdapter
 from transfuse.weights.base import Merge
 from transfuse.weights.composed import Composed
 from transfuse.weights.linear import Linear
+from transfuse.weights.master_asr import MasterASR
+from transfuse.weights.neuron_specialization import NeuronSpecialization
 from transfuse.weights.scalearn import ScaLearn
 
-__all__ = ["AdapterFusion", "BottleneckAdapter", "Composed", "Linear", "Merge", "ScaLearn"]
+__all__ = [
+    "AdapterFusion",
+    "BottleneckAdapter",
+    "Composed",
+    "Linear",
+    "MasterASR",
+    "Merge",
+    "NeuronSpecialization",
+    "ScaLearn",
+]
