@@ -1,4 +1,4 @@
-"""One network, a mask of its weights for every task: batches of one task, masks of a top fraction, overlap, packed bits."""
+"""One network, a mask of its weights for every task: batches of one task, masks, their overlap, packed bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Master-ASR: languages share one network and a small bank of scores, of which each selects some to mask the weights."""
+"""Master-ASR: languages share a network and a bank of scores, of which each selects some to mask the weights."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class MasterASR(Method):
         W_l = W (*) top_(1 - sparsity)(sum_k 1[sigmoid(T_l,k) > 0.5] M_k)          in every chosen layer
         loss = -log p(transcript | audio) (CTC), batches of one language each
 
-    With a plain target (a pre-trained encoder), everything is learned: T with `alpha` times the learning rate, a constant
-    one, and only every `beta` updates; W (with all that is not masked) and the scores M in turn, `gamma` updates each,
+    With a plain target (a pre-trained encoder), all is learned: T with `alpha` times the learning rate, a constant one,
+    and only every `beta` updates; W (with all that is not masked) and the scores M in turn, `gamma` updates each,
     W first; output layers in every update. What is deployed is an :class:`Artisan`. With that as the target, the
     languages in the data are new ones: only their rows of T and their output layers are learned, and languages that it
     knows stay bit-identical. A language for which no score is selected gets the most probable one.
@@ -114,8 +114,8 @@ class MasterASR(Method):
         experts: K, scores per layer.
         sparsity: share of the weights that a mask removes, in [0, 1).
         alpha, beta, gamma: see above.
-        loss: `"ctc"`, where labels are transcripts `(batch, tokens)` of -100-padded ids above 0 (0 is the blank) and the
-            model gives `(batch, frames, classes)`, of which the batch's `frames` count, or all; `"labels"`,
+        loss: `"ctc"`, where labels are transcripts `(batch, tokens)` of ids above 0 (0 is the blank), padded with -100,
+            and the model gives `(batch, frames, classes)`, of which the batch's `frames` count, or all; `"labels"`,
             cross-entropy.
 
     Raises:

@@ -36,8 +36,8 @@ class NeuronSpecialization(Method):
         W_task = m_S (*) W of fc1, row by row;  loss = CE(labels) with smoothing, batches of one task each
 
     The target is the dense model, trained on all tasks. Rows that a task has not chosen get no gradient from it; fc2,
-    attention, embeddings and (unless `mask_bias`) the bias of fc1 are shared by all. Data are named tasks, each with its
-    validation data: `data={"en-de": ..., "en-de/validation": ..., ...}`; without that, the training data are counted.
+    attention, embeddings and (unless `mask_bias`) the bias of fc1 are shared by all. Data are named tasks, each with
+    its validation data: `data={"en-de": ..., "en-de/validation": ..., ...}`; without that, the training data are counted.
     The deployed model is a :class:`~transfuse.weights.masks.MaskedModel`: `model(inputs, task="en-de")`, or
     `model.of("en-de")`, a plain model; for a task without a mask, `model.union([...])`.
 
