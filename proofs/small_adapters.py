@@ -1,12 +1,17 @@
-"""Package descriptions, a small encoder of words, and a bank of adapters on it: what proofs of the bank share."""
+"""Python's source code, a small encoder of words, and a bank of adapters on it: what proofs of the bank share."""
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
+import sysconfig
+import tokenize
 import zlib
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,28 +20,39 @@ from torch import Tensor, nn
 from transfuse import transfer
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
+from transfuse.datasets.text import MODULES
 from transfuse.distill import Labels
 from transfuse.models.transformer import Block
 from transfuse.weights import BottleneckAdapter
 
-READ = ("Package", "Source", "Section", "Description:", "Tag")
-WORDS, LENGTH, DIM, DEPTH = 4000, 12, 64, 3
+WORDS, LENGTH, DIM, DEPTH = 2000, 16, 64, 3
 PAD, UNKNOWN, MASK = 0, 1, 2
-FIELDS = {
-    "role": ("program", "shared-lib", "devel-lib", "documentation", "app-data", "plugin"),
-    "implemented-in": ("perl", "c", "c++", "python", "java", "lisp"),
-    "interface": ("x11", "commandline", "daemon", "text-mode"),
-    "works-with": ("text", "audio", "image", "mail", "file", "db"),
-    "use": ("gameplaying", "converting", "editing", "checking", "viewing", "monitor"),
-}
-"""Source tasks: which of these tags a package has, where it has exactly one."""
-LIBRARIES = ("libs", "libdevel", "python", "perl", "doc", "devel", "haskell", "javascript", "java", "ruby")
-"""Sections of the sixth source task."""
-SECTIONS = ("net", "admin", "science", "games", "sound", "graphics", "web", "text")
-"""Classes of the target task, which no source task has."""
+NEXT = ("self", "if", "def", "return", "for", "raise", "else", "try")
+"""Classes of a source task: the word that the line after the window begins with."""
+PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "urllib", "wsgiref", "xml")
+"""Classes of the target task; no source task has seen a file of theirs."""
 ADAPTER = BottleneckAdapter("blocks.*.mlp", reduction=8)
 TRAINING: dict[str, Any] = {"batch_size": 32, "optimizer": "adamw", "lr": 3e-3, "task": "classification"}
 Rows = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """LENGTH words of one file that follow one another, and where they stand.
+
+    Attributes:
+        module: of the file, or its package.
+        words: of the window.
+        depth: of the first line's indentation, in steps of 4.
+        prose: whether the first line is a comment, or in a string of several lines.
+        after: the first word of the line after the window.
+    """
+
+    module: str
+    words: tuple[str, ...]
+    depth: int
+    prose: bool
+    after: str
 
 
 class Encoder(nn.Module):
@@ -69,83 +85,76 @@ class Encoder(nn.Module):
 
 
 @cache
-def packages() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Descriptions with section and tags: for sources, and for the target; no source package is in both.
+def source_windows() -> list[Window]:
+    """Of the standard library's modules that are one file each."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [w for module in MODULES for w in _windows(folder / f"{module}.py", module)]
 
-    Raises:
-        InputError: this machine knows of no packages.
-    """
-    try:
-        text = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, check=True).stdout.decode(
-            errors="replace"
-        )
-    except (OSError, subprocess.CalledProcessError):
-        text = ""
-    found: dict[str, dict[str, str]] = {}
-    for entry in text.split("\n\n"):
-        lines = entry.replace("\n ", " ").split("\n")
-        fields = dict(line.split(": ", 1) for line in lines if line.startswith(READ) and ": " in line)
-        if "Description" in fields and "Section" in fields:
-            fields["family"] = fields.get("Source", fields["Package"]).split()[0]
-            found.setdefault(fields["Description"], fields)
-    if len(found) < 20_000:
-        raise InputError(f"apt-cache knows {len(found)} packages, 20,000 are needed: run `apt-get update` on Debian")
-    held = [zlib.crc32(p["family"].encode()) % 5 == 0 for p in found.values()]
-    entries = list(found.values())
-    return [p for p, h in zip(entries, held, strict=True) if not h], [
-        p for p, h in zip(entries, held, strict=True) if h
-    ]
+
+@cache
+def target_windows() -> tuple[list[Window], list[Window]]:
+    """Of packages: to learn from, and to test on; no file is in both."""
+    learn: list[Window] = []
+    test: list[Window] = []
+    for package in PACKAGES:
+        files = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"), key=lambda f: -f.stat().st_size)
+        for i, file in enumerate(files[:20]):
+            (learn, test)[i % 2].extend(_windows(file, package))
+    return learn, test
 
 
 @cache
 def vocabulary() -> dict[str, int]:
-    counts = Counter(word for p in packages()[0] for word in _words(p))
+    counts = Counter(word for w in source_windows() for word in w.words)
     return {word: i + 3 for i, (word, _) in enumerate(counts.most_common(WORDS - 3))}
 
 
-def rows(entries: list[dict[str, str]], labels: list[int] | None = None) -> Rows:
-    """Word numbers `(packages, LENGTH)`, padded, and labels."""
+def rows(windows: list[Window], labels: list[int] | None = None) -> Rows:
+    """Word numbers `(windows, LENGTH)` and labels."""
     known = vocabulary()
-    tokens = torch.zeros(len(entries), LENGTH, dtype=torch.long)
-    for i, entry in enumerate(entries):
-        words = [known.get(word, UNKNOWN) for word in _words(entry)][:LENGTH] or [UNKNOWN]
-        tokens[i, : len(words)] = torch.tensor(words)
-    found = {"input_ids": tokens, "attention_mask": (tokens != PAD).long()}
+    tokens = torch.tensor([[known.get(word, UNKNOWN) for word in w.words] for w in windows])
+    found = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return found if labels is None else {**found, "labels": torch.tensor(labels)}
 
 
 @cache
 def sources() -> dict[str, Rows]:
-    """The source tasks, at most 4,000 packages each."""
-    entries, found = packages()[0], {}
-    for field, values in FIELDS.items():
-        tags = [set(re.findall(rf"{field}::([\w+-]+)", p.get("Tag", ""))) & set(values) for p in entries]
-        chosen = [(p, values.index(min(t))) for p, t in zip(entries, tags, strict=True) if len(t) == 1]
-        found[field] = _shuffled(chosen, 4000, field)
-    chosen = [(p, LIBRARIES.index(p["Section"])) for p in entries if p["Section"] in LIBRARIES]
-    found["library"] = _shuffled(chosen, 4000, "library")
+    """The six source tasks, at most 3,000 windows each."""
+    tasks: dict[str, Callable[[Window], int | None]] = {
+        **{f"module {i}": _one_of(MODULES[i::3], "module") for i in range(3)},
+        "next line": _one_of(NEXT, "after"),
+        "prose": lambda w: int(w.prose),
+        "depth": lambda w: min(w.depth, 3),
+    }
+    found = {}
+    for name, label in tasks.items():
+        labelled = [(w, y) for w in source_windows() if (y := label(w)) is not None]
+        found[name] = _shuffled(labelled, 3000, name)
     return found
 
 
 @cache
-def target() -> Rows:
-    """The target task, in a fixed random order."""
-    return _shuffled([(p, SECTIONS.index(p["Section"])) for p in packages()[1] if p["Section"] in SECTIONS], 10**6, "t")
+def targets() -> tuple[Rows, Rows]:
+    """The target task in a fixed random order, as many windows of every package: to learn from, and to test on."""
+    learn, test = (
+        [(w, i) for i, name in enumerate(PACKAGES) for w in [w for w in part if w.module == name][:150]]
+        for part in target_windows()
+    )
+    return _shuffled(learn, 10**6, "learn"), _shuffled(test, 10**6, "test")
 
 
 def parts(labels: int, seed: int, validate: bool = False) -> tuple[Rows, Rows]:
     """`labels` samples to learn from, drawn by the seed, and 600 others to test on (or 300 to choose settings by)."""
-    whole = target()
-    count = len(whole["labels"])
-    order = torch.randperm(count - 900, generator=torch.Generator().manual_seed(1000 + seed)) + 900
+    whole, test = targets()
+    order = torch.randperm(len(whole["labels"]), generator=torch.Generator().manual_seed(1000 + seed))
     held = torch.arange(300) if validate else torch.arange(300, 900)
-    return {k: v[order[:labels]] for k, v in whole.items()}, {k: v[held] for k, v in whole.items()}
+    return {k: v[order[:labels]] for k, v in whole.items()}, {k: v[held] for k, v in test.items()}
 
 
 @cache
 def backbone(smoke: bool = False) -> nn.Module:
-    """The encoder, trained to say which words were masked in descriptions of the source packages."""
-    given = rows(packages()[0][: 500 if smoke else None])
+    """The encoder, trained to say which words were masked in windows of the source modules."""
+    given = rows(source_windows()[: 500 if smoke else None])
     draw = torch.Generator().manual_seed(0)
     real = given["attention_mask"].bool()
     hidden = real & (torch.rand(real.shape, generator=draw) < 0.2)
@@ -156,7 +165,7 @@ def backbone(smoke: bool = False) -> nn.Module:
     }
     data = {k: v[hidden.any(1)] for k, v in data.items()}
     torch.manual_seed(0)
-    length = {"steps": 3 if smoke else 700, "batch_size": 128, "lr": 3e-3, "warmup": 50, "clip": 1.0}
+    length = {"steps": 3 if smoke else 400, "batch_size": 64, "lr": 3e-3, "warmup": 50, "clip": 1.0}
     return transfer(Labels(), None, Encoder(WORDS, each=True), data, task="token-classification", **length).model
 
 
@@ -171,14 +180,14 @@ def fresh(classes: int, seed: int, smoke: bool = False) -> Encoder:
 
 @cache
 def bank(smoke: bool = False, shuffled: bool = False) -> dict[str, nn.Module]:
-    """An adapter for every source task; with `shuffled`, from labels of other packages."""
+    """An adapter for every source task; with `shuffled`, from labels of other windows."""
     found = {}
     for name, data in list(sources().items())[: 2 if smoke else None]:
         if shuffled:
             order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
             data = {**data, "labels": data["labels"][order]}
         start = fresh(int(data["labels"].max()) + 1, 0, smoke)
-        found[name] = transfer(ADAPTER, None, start, data, **{**TRAINING, "steps": 3 if smoke else 250}).model
+        found[name] = transfer(ADAPTER, None, start, data, **{**TRAINING, "steps": 3 if smoke else 150}).model
     return found
 
 
@@ -186,19 +195,49 @@ def accuracy(
     method: Method, given: Any, train: Rows, test: Rows, seed: int, smoke: bool, **training: Any
 ) -> tuple[float, nn.Module, list[dict[str, Any]]]:
     """Accuracy of what a method makes of the backbone, the model, and its panels."""
-    settings = {**TRAINING, "steps": 3 if smoke else 150, **training}
-    start = fresh(len(SECTIONS), seed, smoke)
+    settings = {**TRAINING, "steps": 3 if smoke else 100, **training}
+    start = fresh(len(PACKAGES), seed, smoke)
     test = {k: v[:64] for k, v in test.items()} if smoke else test
     result = transfer(method, given, start, train, test=test, seeds=[seed], **settings)
     run = result.arms[0].runs[0]
     return float(result.arms[0].evaluations[0].metrics["accuracy"]), result.model, list(run.panels)
 
 
-def _words(entry: dict[str, str]) -> list[str]:
-    return re.findall(r"[a-z]+", entry["Description"].lower())
+def _windows(file: Path, module: str) -> list[Window]:
+    """Windows of a file that do not overlap.
+
+    Raises:
+        InputError: this Python has no such file.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} is a file of Python's standard library, found none")
+    text = file.read_text(encoding="utf-8", errors="replace")
+    prose: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.start[0] < token.end[0]):
+            prose.update(range(token.start[0], token.end[0] + 1))
+    lines = text.expandtabs().split("\n")
+    words = [(word, n) for n, line in enumerate(lines) for word in _words(line)]
+    firsts = {n: found[0] for n, line in enumerate(lines) if (found := _words(line))}
+    windows = []
+    for start in range(0, len(words) - LENGTH + 1, LENGTH):
+        taken = words[start : start + LENGTH]
+        first, last = taken[0][1], taken[-1][1]
+        depth = (len(lines[first]) - len(lines[first].lstrip())) // 4
+        after = firsts.get(last + 1, "")
+        windows.append(Window(module, tuple(word for word, _ in taken), depth, first + 1 in prose, after))
+    return windows
 
 
-def _shuffled(chosen: list[tuple[dict[str, str], int]], size: int, purpose: str) -> Rows:
+def _words(line: str) -> list[str]:
+    return re.findall(r"[a-z]+", line.lower())
+
+
+def _one_of(values: tuple[str, ...], field: str) -> Callable[[Window], int | None]:
+    return lambda w: values.index(getattr(w, field)) if getattr(w, field) in values else None
+
+
+def _shuffled(chosen: list[tuple[Window, int]], size: int, purpose: str) -> Rows:
     draw = torch.Generator().manual_seed(zlib.crc32(purpose.encode()))
     picked = [chosen[i] for i in torch.randperm(len(chosen), generator=draw).tolist()[:size]]
-    return rows([p for p, _ in picked], [label for _, label in picked])
+    return rows([w for w, _ in picked], [label for _, label in picked])

@@ -35,10 +35,11 @@ PROOF = Study(
     name="adapterfusion",
     proves=("AdapterFusion",),
     data=(
-        "One-line descriptions of Debian packages (apt-cache dumpavail), up to 12 words of a vocabulary of 4,000. "
-        "Encoder of 3 blocks, width 64, pre-trained on masked words; adapters of bottleneck 8 of 6 source tasks (role, "
-        "language, interface, what it works with, use, library section; up to 4,000 packages each) and for the target: "
-        "one of 8 sections from 200 labels, 600 test packages, no source package and no class shared with the sources."
+        "Python's standard library as windows of 16 words (vocabulary of 2,000). Encoder of 3 blocks, width 64, "
+        "pre-trained on masked words of 29 modules; adapters of bottleneck 8 of 6 source tasks on those modules (which "
+        "of 9 or 10 modules, three times; how the next line begins; prose or code; indentation; 3,000 windows each) "
+        "and for the target: which of 8 packages a window is from, with 200 labels and 600 test windows, of other "
+        "files, and no file in common with the sources."
     ),
     trial=trial,
     arms=(repr(AdapterFusion()), OWN, FULL, MEAN, SHUFFLED),
@@ -48,5 +49,4 @@ PROOF = Study(
         "AdapterFusion is at least as good as the target's own adapter and better than the uniform average. With "
         "sources of shuffled labels it stays within 1 point of the own adapter, and attends more to it."
     ),
-    seeds=(0, 1, 2, 3, 4),
 )

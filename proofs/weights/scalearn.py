@@ -45,9 +45,9 @@ PROOF = Study(
     name="scalearn",
     proves=("ScaLearn",),
     data=(
-        "As for AdapterFusion: one-line descriptions of Debian packages, a word encoder of 3 blocks and width 64, "
-        "adapters of 6 source tasks and the target's own; the target is one of 8 sections from 200 or 50 labels, 600 "
-        "test packages."
+        "As for AdapterFusion: windows of 16 words of Python's standard library, a word encoder of 3 blocks and width "
+        "64, adapters of 6 source tasks and the target's own; the target is which of 8 packages a window is from, with "
+        "200 or 50 labels, 600 test windows."
     ),
     trial=trial,
     arms=ARMS,
