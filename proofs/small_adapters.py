@@ -92,13 +92,14 @@ def source_windows() -> list[Window]:
 
 @cache
 def target_windows() -> tuple[list[Window], list[Window]]:
-    """Of packages: to learn from, and to test on; no file is in both."""
+    """Of packages, by turns: to learn from, and to test on; 150 of each package in either, spread over its files."""
     learn: list[Window] = []
     test: list[Window] = []
     for package in PACKAGES:
-        files = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"), key=lambda f: -f.stat().st_size)
-        for i, file in enumerate(files[:8]):
-            (learn, test)[i % 2].extend(_windows(file, package))
+        files = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"))
+        found = [w for file in files for w in _windows(file, package)]
+        for part, windows in ((learn, found[::2]), (test, found[1::2])):
+            part.extend(windows[:: len(windows) // 150][:150])
     return learn, test
 
 
@@ -135,10 +136,7 @@ def sources() -> dict[str, Rows]:
 @cache
 def targets() -> tuple[Rows, Rows]:
     """The target task in a fixed random order, as many windows of every package: to learn from, and to test on."""
-    learn, test = (
-        [(w, i) for i, name in enumerate(PACKAGES) for w in [w for w in part if w.module == name][:150]]
-        for part in target_windows()
-    )
+    learn, test = ([(w, PACKAGES.index(w.module)) for w in part] for part in target_windows())
     return _shuffled(learn, 10**6, "learn"), _shuffled(test, 10**6, "test")
 
 
@@ -164,7 +162,7 @@ def backbone(smoke: bool = False) -> nn.Module:
     }
     data = {k: v[hidden.any(1)] for k, v in data.items()}
     torch.manual_seed(0)
-    length = {"steps": 3 if smoke else 400, "batch_size": 64, "lr": 3e-3, "warmup": 50, "clip": 1.0}
+    length = {"steps": 3 if smoke else 250, "batch_size": 64, "lr": 3e-3, "warmup": 50, "clip": 1.0}
     return transfer(Labels(), None, Encoder(WORDS, each=True), data, task="token-classification", **length).model
 
 
@@ -186,7 +184,7 @@ def bank(smoke: bool = False, shuffled: bool = False) -> dict[str, nn.Module]:
             order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
             data = {**data, "labels": data["labels"][order]}
         start = fresh(int(data["labels"].max()) + 1, 0, smoke)
-        found[name] = transfer(ADAPTER, None, start, data, **{**TRAINING, "steps": 3 if smoke else 150}).model
+        found[name] = transfer(ADAPTER, None, start, data, **{**TRAINING, "steps": 3 if smoke else 80}).model
     return found
 
 

@@ -38,8 +38,8 @@ PROOF = Study(
         "Python's standard library as windows of 16 words (vocabulary of 2,000). Encoder of 3 blocks, width 64, "
         "pre-trained on masked words of 29 modules; adapters of bottleneck 8 of 6 source tasks on those modules (which "
         "of 9 or 10 modules, three times; how the next line begins; prose or code; indentation; 3,000 windows each) "
-        "and for the target: which of 8 packages a window is from, with 200 labels and 600 test windows, of other "
-        "files, and no file in common with the sources."
+        "and for the target: which of 8 packages a window is from, with 200 labels and 600 other test "
+        "windows, and no file in common with the sources."
     ),
     trial=trial,
     arms=(repr(AdapterFusion()), OWN, FULL, MEAN, SHUFFLED),
