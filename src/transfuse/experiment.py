@@ -387,7 +387,8 @@ class Transfer:
     def _measured_against(self) -> nn.Module | None:
         """What agreement and held-out divergence are measured against: a source that can be asked anything, about the
         same positions."""
-        return None if isinstance(self.source, Recorded) or self._apart else self.source
+        unasked = isinstance(self.source, Recorded) or self._apart or not self.method.scores_source
+        return None if unasked else self.source
 
     def _arm(self, entry: str | Method) -> Arm:
         if isinstance(entry, Method):

@@ -44,6 +44,8 @@ class Method(nn.Module):
     """Whether the caller must give data to train on; a data-free method makes its own."""
     trains: bool = True
     """Whether it trains anything; where no arm does, nobody has to say how long."""
+    scores_source: bool = True
+    """Whether a source answers the target's question; one of another task cannot be scored on its held-out data."""
     moves_source: bool = False
     """Whether sources are trained as well; every arm and seed then has copies of its own."""
     scored_by_stage: bool = False

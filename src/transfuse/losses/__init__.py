@@ -64,7 +64,7 @@ from transfuse.losses.relation import (
 from transfuse.losses.routing import balance_loss, router_z_loss
 from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
 from transfuse.losses.sparse import sampled_kl, top_k_kl, top_k_target
-from transfuse.losses.supervised import cross_entropy, pseudo_labels
+from transfuse.losses.supervised import cross_entropy, ctc, pseudo_labels
 from transfuse.losses.transform import top_k_linspace, top_k_scaling
 from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
 
@@ -92,6 +92,7 @@ __all__ = [
     "classes_last",
     "cosine_cost",
     "cross_entropy",
+    "ctc",
     "cut_cost",
     "distance_correlation",
     "domain_cross_entropy",

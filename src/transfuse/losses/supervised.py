@@ -62,6 +62,41 @@ def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
     return labels.masked_fill(~(confidence > threshold), IGNORE)
 
 
+def ctc(logits: Tensor, labels: Tensor, frames: Tensor | None = None) -> Tensor:
+    """-log of the probability of all alignments of a transcript with the frames (CTC), `(batch,)`.
+
+    (Graves et al., ICML 2006.) Class 0 is the blank.
+
+    Args:
+        logits: `(batch, frames, classes)`.
+        labels: `(batch, tokens)` classes from 1 on, padded with :data:`~transfuse.losses.reduction.IGNORE`.
+        frames: `(batch,)` how many frames of each sample count; None counts all.
+
+    Raises:
+        ValueError: the shapes do not belong together; a transcript is empty, has a blank or an unknown class, or needs
+            more frames than there are.
+    """
+    if logits.dim() != 3 or labels.dim() != 2 or len(labels) != len(logits):
+        raise ValueError(
+            f"CTC needs logits (batch, frames, classes) and labels (batch, tokens), found {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    real = labels != IGNORE
+    lengths = real.sum(1)
+    if not bool((lengths > 0).all()):
+        raise ValueError("a transcript is empty: leave its sample out")
+    used = labels[real]
+    if int(used.min()) < 1 or int(used.max()) >= logits.shape[2]:
+        raise ValueError(f"transcripts need classes in 1..{logits.shape[2] - 1}, for 0 is the blank")
+    if frames is None:
+        frames = lengths.new_full(lengths.shape, logits.shape[1])
+    repeats = ((labels[:, 1:] == labels[:, :-1]) & real[:, 1:]).sum(1)  # between equal ones there must be a blank
+    if bool((lengths + repeats > frames).any()):
+        raise ValueError("a transcript needs more frames than its sample has: leave it out, or keep more frames")
+    log_probs = at_least_float32(logits).log_softmax(-1).transpose(0, 1)
+    return F.ctc_loss(log_probs, labels.clamp(min=0).long(), frames, lengths, reduction="none")
+
+
 def require_labels(labels: Tensor, shape: Sequence[int]) -> None:
     """Check that labels are class indices for logits of this shape, classes last.
 

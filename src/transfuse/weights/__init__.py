@@ -4,6 +4,8 @@ Read :mod:`transfuse.weights.base` first. Merges of files: :mod:`transfuse.weigh
 """
 
 from transfuse.weights.adamerging import AdaMerging
+from transfuse.weights.adapterfusion import AdapterFusion
+from transfuse.weights.adapters import BottleneckAdapter
 from transfuse.weights.atlas import ATLAS
 from transfuse.weights.axis import AXIS
 from transfuse.weights.base import Merge
@@ -21,15 +23,18 @@ from transfuse.weights.karcher import Karcher
 from transfuse.weights.linear import Linear
 from transfuse.weights.lorashear import LoRAShear
 from transfuse.weights.low_rank_clone import LowRankClone
+from transfuse.weights.master_asr import MasterASR
 from transfuse.weights.model_stock import ModelStock
 from transfuse.weights.multislerp import MultiSLERP
 from transfuse.weights.nearswap import NearSwap
 from transfuse.weights.neural_nuggets import NeuralNuggets
+from transfuse.weights.neuron_specialization import NeuronSpecialization
 from transfuse.weights.nuslerp import NuSLERP
 from transfuse.weights.passthrough import Passthrough
 from transfuse.weights.regmean import RegMean
 from transfuse.weights.scale_out import ScaleOut
 from transfuse.weights.scale_up import ScaleUp
+from transfuse.weights.scalearn import ScaLearn
 from transfuse.weights.sce import SCE
 from transfuse.weights.slerp import SLERP
 from transfuse.weights.soup import GreedySoup
@@ -50,6 +55,8 @@ __all__ = [
     "TIES",
     "TSVM",
     "AdaMerging",
+    "AdapterFusion",
+    "BottleneckAdapter",
     "Breadcrumbs",
     "Composed",
     "CrossDConv",
@@ -62,15 +69,18 @@ __all__ = [
     "Linear",
     "LoRAShear",
     "LowRankClone",
+    "MasterASR",
     "Merge",
     "Merged",
     "ModelStock",
     "MultiSLERP",
     "NearSwap",
     "NeuralNuggets",
+    "NeuronSpecialization",
     "NuSLERP",
     "Passthrough",
     "RegMean",
+    "ScaLearn",
     "ScaleOut",
     "ScaleUp",
     "TaskArithmetic",
