@@ -14,6 +14,7 @@ from transfuse.core.files import write_atomically
 
 BENCHMARKS = {
     "divergence": "fused divergences over the matrix products they need",
+    "merge": "merging checkpoints on disk, beside mergekit and beside copying; memory",
     "startup": "importing the library and running small commands",
     "store": "a teacher store: steps from it, its size, its memory, building it",
     "step": "the trainer's step over a loop written by hand",

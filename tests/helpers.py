@@ -73,6 +73,20 @@ def language_model(seed: int = 0, dim: int = 8, depth: int = 1) -> DecoderLM:
         return model
 
 
+def llama(seed: int = 0, **given: Any) -> nn.Module:
+    """A tiny decoder of Hugging Face, in eval mode; what is given changes its configuration."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5, "max_position_embeddings": 32,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**(settings | given))).eval()
+
+
 def images(count: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images and labels, one in three not labelled."""
     draw = torch.Generator().manual_seed(seed)

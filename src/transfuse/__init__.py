@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transfuse.core.teacher import LogitsTeacher
     from transfuse.experiment import Result, Transfer, transfer
     from transfuse.report.schema import Report
+    from transfuse.weights.engine import merge
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "Transfer": "transfuse.experiment",
     "Result": "transfuse.experiment",
     "Report": "transfuse.report.schema",
+    "merge": "transfuse.weights.engine",
     "Then": "transfuse.core.composition",
     "LogitsTeacher": "transfuse.core.teacher",
     "Linear": "transfuse.core.clock",
@@ -44,6 +46,7 @@ __all__ = [
     "Then",
     "Transfer",
     "Warmup",
+    "merge",
     "transfer",
 ]
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transfuse.core.placement import device_of
 from transfuse.core.streams import Data, Draw
 from transfuse.core.vocabulary import common_classes
 from transfuse.losses import IGNORE, Projection, Scores, classes_last, cross_entropy, kl_divergence, next_token
+from transfuse.losses.scores import in_parts
 from transfuse.measure import agreement, correct, expected_calibration_error, held_out_kl, negative_log_likelihood
 
 CHUNK = 256
@@ -211,20 +213,12 @@ def _common(model: nn.Module, source: nn.Module, ours: Scores, theirs: Scores) -
 def _by_chunk(ours: Scores, theirs: Scores | None, labels: Tensor | None, common: int | None) -> dict[str, Tensor]:
     """The values of every position, `(batch, tokens)`, from the logits of some rows at a time."""
     shape = ours.shape[:-1]
-    rows = math.prod(shape)
-    parts = []
-    for begin in range(0, rows, CHUNK):
-        at = slice(begin, begin + CHUNK)
-        other = None if theirs is None else _rows(theirs, at)[:, :common]
-        parts.append(_compared(_rows(ours, at), other, None if labels is None else labels.flatten()[at], common))
+    answers = repeat(None) if labels is None else labels.flatten().split(CHUNK)
+    others = repeat(None) if theirs is None else (part.float()[:, :common] for part in in_parts(theirs, CHUNK))
+    # The first ends with the positions; what is repeated never does.
+    compared = zip(in_parts(ours, CHUNK), others, answers, strict=False)
+    parts = [_compared(part.float(), other, answer, common) for part, other, answer in compared]
     return {name: torch.cat([part[name] for part in parts]).view(shape) for name in parts[0]}
-
-
-def _rows(scores: Scores, at: slice) -> Tensor:
-    """The logits of some positions, in float32."""
-    if isinstance(scores, Projection):
-        return Projection(scores.hidden.flatten(0, -2)[at], scores.weight, scores.bias).dense().float()
-    return scores.flatten(0, -2)[at]
 
 
 def _compared(

@@ -17,7 +17,7 @@ from transfuse.core import catalogue
 
 Run = Callable[..., Result]
 Write = Callable[..., Path]
-COMMANDS = ["run", "resume", "check", "report", "methods", "show", "new"]
+COMMANDS = ["run", "resume", "check", "report", "methods", "show", "new", "merge"]
 
 
 def heavy_modules(*arguments: str) -> list[str]:

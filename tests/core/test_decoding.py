@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import VOCABULARY, language_model
+from helpers import language_model, llama
 from torch import Tensor, nn
 
 from transfuse.core.decoding import choose, generate, sequence_log_probability
@@ -18,24 +18,6 @@ def by_hand(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
     for _ in range(count):
         tokens = torch.cat([tokens, call(model, tokens)[:, -1].argmax(-1, keepdim=True)], 1)
     return tokens
-
-
-def llama() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.6,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def test_the_most_likely_tokens_are_those_of_a_loop_by_hand():

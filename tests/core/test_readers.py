@@ -1,30 +1,15 @@
 import pytest
 import torch
-from helpers import VOCABULARY, language_model
+from helpers import VOCABULARY, language_model, llama
 from torch import nn
 
 from transfuse.core.decoding import Reader, choose, generate, left_padded
 from transfuse.core.errors import InputError
 
 
-@pytest.fixture(scope="module")
-def llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+@pytest.fixture(scope="module", name="llama")
+def tiny_llama():
+    return llama(vocab_size=23, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, bos_token_id=1)
 
 
 @pytest.fixture(scope="module")

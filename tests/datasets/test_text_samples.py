@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCABULARY
-from torch import Tensor, nn
+from helpers import llama
+from torch import Tensor
 
 from transfuse.core.batch import align_tokens
 from transfuse.core.errors import InputError
@@ -22,19 +22,9 @@ from transfuse.losses import IGNORE, cross_entropy
 DOCUMENTS = [torch.tensor(d) for d in ([1, 2, 3, 4], [5, 6, 7], [8, 9], [10, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10])]
 
 
-def llama(attention: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.5, attn_implementation=attention, pad_token_id=0,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_documents_are_read_as_each_alone(attention):
-    model, data = llama(attention), Packed(DOCUMENTS, 8)
+    model, data = llama(attn_implementation=attention), Packed(DOCUMENTS, 8)
     batch = align_tokens(as_data(data).fetch(torch.arange(len(data))))
     with torch.no_grad():
         logits = model(**batch.inputs).logits

@@ -12,7 +12,7 @@ from helpers import Example, language_model, ragged_tokens
 
 from transfuse.core.method import Method
 from transfuse.core.store.forms import draw_tokens
-from transfuse.distill import DPKD, GKD, RSKD, SelfEvolution, SeqKD, Swing
+from transfuse.distill import DPKD, GKD, RSKD, DistiLLM, MiniLLM, SelfEvolution, SeqKD, Swing
 
 
 def text_example(method: Method, **options: Any) -> Example:
@@ -37,6 +37,10 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "DPKD": lambda: text_example(DPKD()),
     "Swing": lambda: private_example(),
     "GKD": lambda: text_example(GKD(prompt=2, end=3)),
+    "DistiLLM": lambda: text_example(
+        DistiLLM(prompt=2, end=3, start=0.7, every=2, held_out=4, capacity=9, margin=-1.0)
+    ),
+    "MiniLLM": lambda: text_example(MiniLLM(prompt=2, end=3)),
     "SeqKD": lambda: text_example(SeqKD(prompt=2, end=3, writes=5, temperature=1.0)),
 }
 

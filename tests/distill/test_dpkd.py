@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
-from helpers import language_model, ragged_tokens, trainer
+from helpers import digest, language_model, ragged_tokens, trainer
 
+from transfuse.core.batch import line_up
 from transfuse.core.errors import InputError
 from transfuse.core.streams import as_data
 from transfuse.distill import DPKD
+from transfuse.distill.on_policy import written
 from transfuse.losses import preference, token_margin
 
 
@@ -116,3 +119,42 @@ def test_wrong_arguments_are_refused():
     for wrong in ({"alpha": 1.0}, {"beta": 0.0}, {"label_smoothing": 0.6}, {"shape": "hinge"}, {"plain": -1.0}):
         with pytest.raises(InputError, match="DPKD"):
             DPKD(**wrong)
+
+
+def test_of_whole_sequences_the_margin_is_that_of_the_formula():
+    student, teacher = language_model(1), language_model(2)
+    method = DPKD(level="sequence", prompt=2, length=3)
+    run = trainer(method, student, teacher, ragged_tokens(), task="language-model").run
+    batch = line_up(as_data(ragged_tokens(4)).sample(4), "language-model")
+    torch.manual_seed(3)
+    ratio = method._log_ratio("source", batch, run)
+    torch.manual_seed(3)
+    answers = written("source", batch, run, 2, 3, None)
+    for i in range(4):
+        total, text = 0.0, answers.inputs[i]  # all prompts are of one length, so nothing is padded
+        for sign, model in ((1, student), (-1, teacher)):
+            log_p = model(text[None])[0].log_softmax(-1)
+            total += sign * sum(float(log_p[t, text[t + 1]]) for t in range(1, 4))
+        assert float(ratio[i]) == pytest.approx(total, abs=1e-5)
+    torch.manual_seed(3)
+    shorter = DPKD(level="sequence", prompt=2, length=3, per_token=True)._log_ratio("source", batch, run)
+    assert torch.allclose(shorter, ratio / answers.mask.sum(1))
+
+
+def test_sequences_of_equal_models_cost_log_2_and_teach_nothing():
+    student = language_model(1)
+    method = DPKD(level="sequence", prompt=2)
+    run = trainer(method, student, copy.deepcopy(student), ragged_tokens(), task="language-model").run
+    terms = method.losses({"data": line_up(as_data(ragged_tokens(4)).sample(4), "language-model")}, run)
+    assert float(terms["preference"].sum) == pytest.approx(4 * math.log(2), abs=1e-5)
+
+
+def test_whole_sequences_are_learned_from_in_training():
+    student = language_model(1)
+    before = digest(student)
+    method = DPKD(level="sequence", prompt=2)
+    model = trainer(method, student, language_model(2), ragged_tokens(), task="language-model", steps=3).fit()
+    assert digest(model) != before
+    for wrong in ({"reference": False}, {"positive": 1.0}, {"prompt": 0}):
+        with pytest.raises(InputError, match="DPKD"):
+            DPKD(level="sequence", **wrong)

@@ -10,20 +10,8 @@ from torch import nn
 
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call, find_logits
-from transfuse.distill.fidelity_study import (
-    Coder,
-    FidelityStudy,
-    Item,
-    NoisyLogits,
-    Outcome,
-    choice,
-    compare,
-    fidelity_study,
-    free_text,
-    number,
-    tokens_of,
-    write,
-)
+from transfuse.distill.fidelity_study import FidelityStudy, NoisyLogits, Outcome, fidelity_study, tokens_of
+from transfuse.measure.answers import AnswerFidelity, Coder, Item, choice, compare, free_text, number, write
 from transfuse.models import DecoderLM
 
 LETTERS = "\n0123456789+= "
@@ -159,3 +147,22 @@ def test_an_empty_grid_or_an_unknown_kind_is_refused(tmp_path):
     odd = [Item("1", "1", "1", "poem")]
     with pytest.raises(InputError, match="kind 'poem'"):
         fidelity_study({"t": model()}, {"s": model}, ITEMS, odd, CODER, tmp_path, steps=1)
+
+
+def test_the_measure_is_the_comparison_of_what_both_write():
+    pytest.importorskip("sacrebleu")
+    teacher, student = model(1), model(2)
+    found = AnswerFidelity(CODER, 3).measure(source=teacher, target=student, data=ITEMS).numbers
+    texts = write(student, ITEMS, CODER, 3)
+    wanted = compare(texts, write(teacher, ITEMS, CODER, 3), ITEMS)
+    assert all(found[name] == wanted[name] for name in ("agreement", "accuracy", "fidelity"))
+    assert found["unanswered"] == sum(number(t) is None for t in texts) / len(texts)
+    assert found["empty"] == sum(not t.strip() for t in texts) / len(texts)
+    same = AnswerFidelity(CODER, 3).measure(source=teacher, target=teacher, data=ITEMS).numbers
+    assert same["agreement"] == 1
+    with pytest.raises(InputError, match="looks at questions"):
+        AnswerFidelity(CODER).measure(source=teacher, target=student, data=[])
+    with pytest.raises(InputError, match="kind 'poem'"):
+        AnswerFidelity(CODER).measure(source=teacher, target=student, data=[Item("1", "1", "1", "poem")])
+    with pytest.raises(InputError, match="length"):
+        AnswerFidelity(CODER, 0)

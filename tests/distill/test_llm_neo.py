@@ -13,6 +13,7 @@ from helpers import Example, digest, language_model, ragged_tokens, trainer
 from torch import Tensor, nn
 
 from transfuse import Transfer, transfer
+from transfuse.core.adapters import adapted, layers_to_adapt
 from transfuse.core.batch import Batch, align_tokens
 from transfuse.core.checkpoint import load_weights
 from transfuse.core.errors import InputError, MissingExtraError
@@ -21,7 +22,6 @@ from transfuse.core.run import Run
 from transfuse.core.streams import as_data
 from transfuse.core.trainer import Trainer
 from transfuse.distill import KD, TAID, Labels, LLMNeo
-from transfuse.distill.llm_neo import adapted, layers_to_adapt
 from transfuse.models import DecoderLM
 
 TEXT = align_tokens(Batch(inputs=ragged_tokens()))

@@ -15,7 +15,7 @@ from transfuse.core.errors import InputError, VocabularyError
 from transfuse.core.outputs import Outputs
 from transfuse.core.run import Run
 from transfuse.distill import GKD, SeqKD
-from transfuse.distill.on_policy import answered, prompts
+from transfuse.distill.on_policy import answered, prompts, written
 from transfuse.losses import IGNORE, cross_entropy, jensen_shannon, kl_divergence
 
 TOKENS = torch.tensor([[4, 5, 6, 7, 8, 9], [1, 2, 3, 0, 0, 0]])
@@ -80,7 +80,7 @@ def test_gkd_learns_from_what_the_student_writes_and_both_read_the_same():
     run, one = run_of(), batch()
     method = GKD(share=1.0, prompt=2)
     torch.manual_seed(3)
-    own = method.own_texts(one, run)
+    own = written("target", one, run, 2, None, None)
     torch.manual_seed(3)
     wanted = generate(run["target"], TOKENS[:, :2], new_tokens=4, temperature=1.0)
     assert torch.equal(own.inputs, wanted)

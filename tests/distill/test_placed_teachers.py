@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import digest, language_model, ragged_tokens
+from helpers import digest, language_model, llama, ragged_tokens
 from torch import Tensor, nn
 
 from transfuse import Transfer, transfer
@@ -47,18 +47,6 @@ def weight_only(model: nn.Module) -> nn.Module:
 
 def dynamic(model: nn.Module) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, dtype=torch.qint8)
-
-
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=16,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
 
 
 def asked(teacher: nn.Module, student: nn.Module | None = None) -> tuple[Run, Any, Any]:

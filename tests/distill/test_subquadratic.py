@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import digest, language_model, ragged_tokens, trainer
+from helpers import digest, language_model, llama, ragged_tokens, trainer
 from torch import nn
 
 from transfuse.core.batch import Batch, align_tokens
@@ -151,13 +151,8 @@ def test_a_stage_alone_takes_all_steps_and_moves_only_its_parts():
 
 
 def test_hugging_face_decoders_are_taught_too():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=0,
-    )  # fmt: skip
-    teacher = transformers.LlamaForCausalLM(config)
+    pytest.importorskip("transformers")
+    teacher = llama(hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
     student = subquadratic_student(teacher, "ssd")
     names = {"blocks": "model.layers", "mixer": "self_attn", "norm": "input_layernorm"}
     method, before = Subquadratic(shares=(1, 1, 1), **names), digest(student)

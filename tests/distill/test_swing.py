@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import Outputs
 from transfuse.distill import Swing
-from transfuse.distill.swing import exposure_scores
+from transfuse.distill.swing import exposure_scores, rule_scores, tagger_scores
 from transfuse.losses import cross_entropy, kl_divergence
 from transfuse.measure.exposure import canary_exposure, laplace_epsilon, sampled_exposure
 
@@ -126,3 +127,20 @@ def test_wrong_arguments_and_data_are_refused():
     del batch["privacy"]
     with pytest.raises(InputError, match="Swing needs 'privacy'"):
         loss(Swing(), student, teacher, batch)
+
+
+def test_rules_mark_every_token_that_touches_a_match():
+    text = "write to ann@example.org, code 417."
+    words = re.findall(r"\S+|\s", text)
+    ends = [sum(map(len, words[: i + 1])) for i in range(len(words))]
+    private = rule_scores(text, ends)
+    assert [w for w, p in zip(words, private.tolist(), strict=True) if p] == ["ann@example.org,", "417."]
+    halves = rule_scores("417", [1, 3])
+    assert halves.tolist() == [1.0, 1.0]
+
+
+def test_a_tagger_gives_the_probability_of_its_private_classes():
+    logits = torch.log(torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]]))
+    assert torch.allclose(tagger_scores(logits, [1, 2]), torch.tensor([[0.5, 0.9]]))
+    with pytest.raises(InputError, match="private classes"):
+        tagger_scores(logits, [3])

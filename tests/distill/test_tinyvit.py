@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from transfuse import transfer
+from transfuse.core.batch import Batch
+from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError, StoreError
+from transfuse.core.outputs import Outputs
 from transfuse.core.store import ViewStore
 from transfuse.datasets import crop_flip_erase
 from transfuse.distill import TinyViT
@@ -158,3 +161,37 @@ def test_a_student_learns_from_it_without_a_teacher(tmp_path):
     result = transfer(TinyViT(), target=CNN(), data=store.dataset(PICTURES), epochs=4, batch_size=10, lr=0.01)
     curve = result.report.arms[0].runs[0].curve
     assert curve[-1].loss < curve[0].loss
+
+
+def test_mixed_views_are_replayed_and_their_targets_are_mixed_alike(tmp_path):
+    store = build(tmp_path)
+    data, plain = store.dataset(PICTURES, mixup=0.8), store.dataset(PICTURES)
+    first, again = data[3], store.dataset(PICTURES, mixup=0.8)[3]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    others = [i for i in range(20) if torch.equal(plain[i]["values"], first["other_values"])]
+    views = [first["share"] * plain[3]["inputs"] + (1 - first["share"]) * plain[i]["inputs"] for i in others]
+    assert any(torch.allclose(view, first["inputs"], atol=1e-6) for view in views)
+    shares = torch.stack([data[i]["share"] for i in range(20)])
+    assert len(set(shares.tolist())) == 20
+    assert bool(((shares > 0) & (shares < 1)).all())
+
+    method, batch = TinyViT(), Batch.of(torch.utils.data.default_collate([data[i] for i in range(4)]))
+    logits = torch.randn(4, CLASSES)
+    term = method.loss(Outputs(logits), Outputs(None), batch, Clock())["stored"]
+    total = sum(
+        share * stored_cross_entropy(logits[i : i + 1], batch[ids][i : i + 1], batch[values][i : i + 1]).item()
+        for i in range(4)
+        for ids, values, share in (
+            ("ids", "values", float(batch["share"][i])),
+            ("other_ids", "other_values", 1 - float(batch["share"][i])),
+        )
+    )
+    assert float(term.sum) == pytest.approx(total, rel=1e-5)
+    with pytest.raises(InputError, match="mixup is -1"):
+        store.dataset(PICTURES, mixup=-1)
+
+
+def test_mixed_views_are_learned_from(tmp_path):
+    data = build(tmp_path).dataset(PICTURES, mixup=0.8)
+    result = transfer(TinyViT(), target=CNN(), data=data, test=images(8), steps=3, batch_size=5)
+    assert result.model is not None

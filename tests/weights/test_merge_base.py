@@ -30,7 +30,7 @@ def test_a_merge_is_made_for_one_tensor_and_checked_by_its_own_arguments():
 def test_depths_run_from_the_first_numbered_layer_to_the_last():
     state = {"embed": 0, "layers.0.w": 0, "layers.1.w": 0, "layers.2.w": 0, "norm": 0, "head": 0}
     depths = depths_of(InMemory({k: torch.zeros(1) for k in state}))
-    assert list(depths.values()) == [0.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+    assert list(depths.values()) == [0.0, 0.0, 0.5, 1.0, 0.0, 0.0]
 
 
 def test_the_average_of_models_in_memory_by_hand():

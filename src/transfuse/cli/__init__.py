@@ -286,6 +286,55 @@ def new(
 
 
 @app.command()
+def merge(
+    recipe: RecipeFile,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the merged model, in the place of the recipe's `out`.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was killed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that everything fits, and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Merge models without a common ancestor, too.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge checkpoints that were trained from a common start, tensor by tensor, in little memory.
+
+    Example:
+
+        transfuse merge recipe.yaml --out merged
+
+    A recipe says how, and what: \n\n
+        method: {name: TIES, density: 0.3}\n
+        base: models/base\n
+        models: [models/a, models/b]
+
+    Recipes of mergekit's are read as they are. Models are folders of safetensors; every tensor is matched by its name
+    and shape first, and what does not fit is listed. Next: load the folder with `from_pretrained`; see its README.md.
+    """
+    from transfuse.cli.tables import ledger
+    from transfuse.recipe.merging import MergeRecipe
+
+    found = MergeRecipe.read(recipe)
+    for note in () if quiet else found.notes:
+        say(err, f"Note: {note}")
+    if dry_run:
+        plan = found.plan(force)
+        if as_json:
+            say(out, json.dumps({"ok": True, "bytes": plan.bytes, "memory": plan.memory, **plan.ledger.as_json()}))
+        else:
+            out.print(ledger(plan.ledger))
+            say(out, f"This merge fits: {plan.bytes / 2**30:.2f} GB to write. Next: transfuse merge {recipe}")
+        return
+    with _bytes_done(not quiet) as progress:
+        merged = found.run(folder, resume, force, None if quiet else lambda text: say(err, text), progress)
+    if as_json:
+        say(out, json.dumps({"folder": str(merged.folder), **merged.ledger.as_json()}))
+    elif not quiet:
+        out.print(ledger(merged.ledger))
+        say(out, f"Model: {merged.folder}")
+
+
+@app.command()
 def chat(
     student: Annotated[
         Path,
@@ -346,6 +395,26 @@ def _show(report: Any, folder: Path, as_json: bool) -> None:
 
 
 FILES = (("Report", "report.html"), ("Numbers", "report.json"), ("Model", "model.safetensors"))
+
+
+@contextmanager
+def _bytes_done(shown: bool) -> Iterator[Any]:
+    """A bar of megabytes on a terminal."""
+    from rich import progress as bars
+
+    bar = bars.Progress(
+        bars.TextColumn("merging"),
+        bars.BarColumn(bar_width=20),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        console=err,
+        disable=not (shown and err.is_terminal),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _fail(error: TransferError, code: int) -> Never:

@@ -68,9 +68,9 @@ FILLED: dict[str, object] = {
     "end": {"questions": 1.0},
 }
 """What stands for other arguments without a default, as the recipe of their family needs them."""
-PYTHON_ONLY = ("ByteSpanKD", "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT")
+PYTHON_ONLY = ("ByteSpanKD", "NearSwap", "Passthrough", "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT")
 """Methods with data or a target made in Python: two readings of a text, how private tokens are, stored views, a teacher
-with other mixers."""
+with other mixers; merges of one model with the base, for which `transfuse merge` is there."""
 BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
 """What methods of a family are compared with."""
 

@@ -15,6 +15,8 @@ from transfuse.core.catalogue import Entry, evidence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transfuse.weights.ledger import Ledger
+
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table of texts; the last column takes the room that is left."""
@@ -123,3 +125,21 @@ def _shape(shape: Any) -> str:
 
 def _known(value: object) -> str:
     return "unknown" if value is None else str(value)
+
+
+def ledger(found: Ledger) -> Group:
+    """What stood against what in a merge."""
+    counts = (
+        ("merged", len(found.merged)),
+        ("averaged (running statistics)", len(found.averaged)),
+        (f"kept from {found.reference}", len(found.kept)),
+        ("tied to another", len(found.tied)),
+    )
+    parts: list[Any] = [table("tensors", ("what is done", "tensors"), [row for row in counts if row[1]])]
+    if found.cosines:
+        rows = [(f"{cosine:.3f}", pair) for pair, cosine in found.cosines.items()]
+        parts.append(table("kinship", ("cosine of weights", "models"), rows))
+    if found.distances:
+        rows = [(f"{distance:.4f}", name) for name, distance in found.distances.items()]
+        parts.append(table("learned since the base", ("change / base", "model"), rows))
+    return Group(*parts)

@@ -152,15 +152,13 @@ def align_tokens(batch: Batch) -> Batch:
     """
     tokens = token_ids(batch)
     labels = tokens if batch.labels is None else batch.labels
-    padding = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    if padding is not None and padding.dim() > 2:  # who may look at whom; such data says by labels what counts
-        padding = None
+    padding = padding_mask(batch)
     for mask in (padding, batch.mask):
         if mask is not None:
             labels = labels.masked_fill(~mask.bool(), IGNORE)
     labels = next_token(labels)
     if padding is not None:  # what a model says at padding on the left of a text means nothing
-        labels = labels.masked_fill(~padding.bool(), IGNORE)
+        labels = labels.masked_fill(~padding, IGNORE)
     return Batch(batch, labels=labels, mask=labels != IGNORE)
 
 
@@ -183,6 +181,19 @@ def token_ids(batch: Batch) -> Tensor:
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
         raise InputError("a language model needs integer token ids of shape (batch, tokens) as inputs")
     return tokens
+
+
+def padding_mask(batch: Batch) -> Tensor | None:
+    """Which of the tokens that a batch holds as inputs are no padding, `(batch, tokens)` bool; None if nothing says."""
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    # More dimensions say who may look at whom; such data says by its labels what counts.
+    return None if mask is None or mask.dim() > 2 else mask.bool()
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """The same, where no mask means that there is no padding."""
+    mask = padding_mask(batch)
+    return torch.ones_like(token_ids(batch), dtype=torch.bool) if mask is None else mask
 
 
 def _map(value: Any, change: Any) -> Any:

@@ -85,7 +85,7 @@ def load_weights(path: Path | str, model: nn.Module) -> None:
     """
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        state = _unpickled(path)
+        state = read_pickle(path)
     else:
         state, metadata = read_tensors(path)
         facts = json.loads(metadata.get("weights", "{}"))
@@ -201,7 +201,12 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
             raise OSError(str(error)) from error
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The state dict in a pickle, read without running any code.
+
+    Raises:
+        StoreError: the file is missing or damaged, would have to run code, or holds no state dict.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

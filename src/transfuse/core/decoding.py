@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transfuse.core.batch import Batch, align_tokens
 from transfuse.core.errors import InputError, ShapeError
 from transfuse.core.outputs import call, eager, find_logits, full_precision, modes_kept
+from transfuse.core.placement import device_of
 from transfuse.losses.supervised import cross_entropy
 
 Fuse = Callable[[list[Tensor]], Tensor]
@@ -203,7 +204,7 @@ class Reader:
 
     def _forward(self, tokens: Tensor, seen: Tensor, count: int, keep: bool = False) -> Tensor:
         """Logits of the last `count` positions of `tokens`, which end a text whose mask is `seen`."""
-        device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), tokens.device)
+        device = device_of(self.model)
         tokens, seen = tokens.to(device), seen.to(device)
         if self._config is None:
             return full_precision(find_logits(self._call(tokens, seen)))[:, -count:]

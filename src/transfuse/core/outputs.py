@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from transfuse.core.errors import CapabilityError, InputError, LayerError
-from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
+from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK, positions
 
 
 class Features(dict[str, Any]):
@@ -64,10 +64,8 @@ class Outputs:
         Args:
             mask: `(batch,)` or `(batch, tokens)`; None counts all.
         """
-        if isinstance(self.raw, Projection):
-            hidden = self.raw.hidden.flatten(0, -2) if mask is None else self.raw.hidden[mask]
-            return full_precision(Projection(hidden, self.raw.weight, self.raw.bias).dense())
-        return self.logits.flatten(0, -2) if mask is None else self.logits[mask]
+        rows = positions(self.learning, mask)
+        return full_precision(rows.dense()) if isinstance(rows, Projection) else rows
 
     @property
     def scores(self) -> Target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -102,7 +102,7 @@ class Run:
 
         Args:
             role: `"target"`, `"source"`, `"source.0"`, ...
-            batch: the model is called with its `inputs`.
+            batch: the model is called with its `inputs`, and told its `task` if its `forward` asks for that.
             grad: False runs without a graph, and moves no running statistics.
             params: parameters and buffers to use in the place of the model's own, by name.
             swap: activations to put in the place of tapped ones.
@@ -126,7 +126,7 @@ class Run:
         layer = self._output_layer(role, batch)
         with nullcontext() if grad else torch.no_grad(), autocast, opened as features, left_out(layer) as projections:
             try:
-                raw = call(model, batch.inputs, params)
+                raw = call(model, batch.inputs, params, batch.task)
             except Stopped:
                 raw = None
         if projections:
@@ -134,15 +134,17 @@ class Run:
         outputs = Outputs(raw, Features({name: _full_precision(value) for name, value in features.items()}))
         return self._shuffle(outputs) if self.shuffled and role in self.sources and not own else outputs
 
-    def generate(self, role: str, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(self, role: str | Sequence[str], tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
         """Let a language model continue prompts, without a graph and in eval mode, from the run's random numbers.
 
         Args:
+            role: or several, which write together, with `fuse`.
             tokens, mask: prompts `(batch, n)`, padded on the left, and where they are real.
             options: of :func:`transfuse.core.decoding.generate`.
         """
         with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
-            return generate(self[role], tokens, mask=mask, **options)
+            models = self[role] if isinstance(role, str) else [self[name] for name in role]
+            return generate(models, tokens, mask=mask, **options)
 
     def shown(self, role: str, outputs: Outputs) -> Outputs:
         """What a network that learns shows to others: its outputs without a graph; in the control arm a source's

@@ -304,6 +304,18 @@ class Generated(Data):
         return None
 
 
+def by_number(value: Any) -> Indexed:
+    """Data whose samples have a number.
+
+    Raises:
+        InputError: it is a loader or an iterator, or no data.
+    """
+    data = as_data(value)
+    if not isinstance(data, Indexed):
+        raise InputError("a store is read by the number of a sample: pass a data set, not a loader or an iterator")
+    return data
+
+
 def as_data(value: Any, adapt: Adapt | None = None, collate: Callable[[list[Any]], Any] | None = None) -> Data:
     """Whatever a user has, as data.
 

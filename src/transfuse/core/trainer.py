@@ -274,6 +274,9 @@ class Trainer:
         self._agree_buffers()
         if self._stage.keep == "best" and self._best:
             self.target.load_state_dict(self._best["state"])
+            with torch.no_grad():
+                for name, p in self.method.named_parameters():
+                    p.copy_(self._best["learned"][name])
         self._best = None
         self._frozen.check(self._moving)
         if self.score_stage:
@@ -444,7 +447,8 @@ class Trainer:
         self.run.set_modes(set(self._stage.train))
         if self._stage.keep == "best" and (self._best is None or self._improves(score, self._best["score"])):
             state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
-            self._best = {"score": score, "state": state}
+            learned = {k: p.detach().cpu().clone() for k, p in self.method.named_parameters()}
+            self._best = {"score": score, "state": state, "learned": learned}
         return score
 
     def _improves(self, score: float, best: float) -> bool:

@@ -12,7 +12,7 @@ SMALL = (0.4, 0.7)
 """The side of a small view, as a part of the whole."""
 
 
-def view(inputs: Tensor, small: bool = False) -> Tensor:
+def view(inputs: Tensor, small: bool = False, mirror: bool = True) -> Tensor:
     """One random view of every sample of a batch.
 
     Images `(batch, channels, height, width)` are shifted, mirrored, changed in contrast and covered with noise; a
@@ -21,6 +21,7 @@ def view(inputs: Tensor, small: bool = False) -> Tensor:
     Args:
         inputs: a batch.
         small: look at a part of the image.
+        mirror: whether images may be mirrored: letters may not.
     """
     noise = NOISE * inputs.std() * torch.randn_like(inputs)
     if inputs.dim() != 4:
@@ -29,9 +30,9 @@ def view(inputs: Tensor, small: bool = False) -> Tensor:
     zoom = torch.empty(size, device=inputs.device).uniform_(*SMALL) if small else torch.ones(size, device=inputs.device)
     reach = 2 * SHIFT if not small else 1 - zoom
     shift = (2 * torch.rand(2, size, device=inputs.device) - 1) * reach
-    mirror = torch.where(torch.rand(size, device=inputs.device) < 0.5, -1.0, 1.0)
+    side = torch.where(torch.rand(size, device=inputs.device) < 0.5, -1.0 if mirror else 1.0, 1.0)
     frame = torch.zeros(size, 2, 3, device=inputs.device)
-    frame[:, 0, 0], frame[:, 1, 1], frame[:, :, 2] = zoom * mirror, zoom, shift.T
+    frame[:, 0, 0], frame[:, 1, 1], frame[:, :, 2] = zoom * side, zoom, shift.T
     grid = F.affine_grid(frame, list(inputs.shape), align_corners=False)
     moved = F.grid_sample(inputs, grid, padding_mode="border", align_corners=False)
     contrast = 1 + CONTRAST * (2 * torch.rand(size, 1, 1, 1, device=inputs.device) - 1)

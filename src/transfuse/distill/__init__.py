@@ -8,6 +8,7 @@ from transfuse.distill.base import Distillation
 from transfuse.distill.bdkd import BDKD
 from transfuse.distill.byte_span import ByteSpanKD
 from transfuse.distill.catkd import CATKD
+from transfuse.distill.distillm import DistiLLM
 from transfuse.distill.dml import DML
 from transfuse.distill.dpkd import DPKD
 from transfuse.distill.gkd import GKD
@@ -15,6 +16,7 @@ from transfuse.distill.hints import Hints
 from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
 from transfuse.distill.llm_neo import LLMNeo
+from transfuse.distill.minillm import MiniLLM
 from transfuse.distill.online import Online
 from transfuse.distill.orc import ORC
 from transfuse.distill.rkd import RKD
@@ -45,10 +47,12 @@ __all__ = [
     "TAID",
     "AttentionTransfer",
     "ByteSpanKD",
+    "DistiLLM",
     "Distillation",
     "Hints",
     "LLMNeo",
     "Labels",
+    "MiniLLM",
     "Online",
     "SelfEvolution",
     "SeqKD",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from transfuse.core.batch import Batch, token_ids
+from transfuse.core.batch import Batch, real_tokens, token_ids
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
@@ -68,7 +68,7 @@ class ByteSpanKD(Distillation):
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         chunks = spans(batch)
         ours = torch.where(batch.mask, next_token(token_ids(batch)), IGNORE)
-        theirs = next_token(torch.where(real(batch.for_source()), token_ids(batch.for_source()), IGNORE))
+        theirs = next_token(torch.where(real_tokens(batch.for_source()), token_ids(batch.for_source()), IGNORE))
         # What position t says is about token t + 1; the first token has nothing that speaks about it.
         q = chunks.sum(_of_token(-label_entropy(student.learning, ours)), chunks.student)
         with torch.no_grad():
@@ -88,7 +88,7 @@ def spans(batch: Batch) -> Spans:
     """
     scored = scored_tokens(batch)
     other = batch.for_source()
-    masks = real(batch), real(other)
+    masks = real_tokens(batch), real_tokens(other)
     if other is batch:
         ends = [mask.long().cumsum(1) for mask in masks]
     elif "ends" in batch and "source_ends" in batch:
@@ -110,12 +110,6 @@ def scored_tokens(batch: Batch) -> Tensor:
     if batch.mask is None or batch.mask.shape != token_ids(batch).shape:
         raise InputError("text is read here, and this is another task: pass task='language-model', or use KD")
     return batch.mask
-
-
-def real(batch: Batch) -> Tensor:
-    """Which of the tokens that a batch holds as inputs are no padding, `(batch, tokens)`."""
-    mask = batch.inputs.get("attention_mask") if not isinstance(batch.inputs, Tensor) else None
-    return torch.ones_like(token_ids(batch), dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _of_token(values: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from torch import Tensor
+
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
@@ -11,7 +15,9 @@ from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.teacher import same_classes
 from transfuse.distill.base import Distillation
+from transfuse.distill.on_policy import written
 from transfuse.losses import Divergence, Term, cross_entropy, match, preference, token_margin
+from transfuse.losses.match import label_entropy
 from transfuse.losses.preference import Shape
 
 EXTRA = "pretraining"
@@ -23,10 +29,16 @@ class DPKD(Distillation):
         h = (log s[a] - log s[c]) - (log t[a] - log t[c]),  a = argmax t, c = argmax s
         loss = (1 - alpha) * CE(label, student) + alpha * -log sigmoid(beta * h)
 
-    h is at most 0, and 0 where both would say the same: there the preference teaches nothing, so labels are needed
-    beside it. Only the logits of a and c move. A second stream named `"pretraining"`, plain text, keeps the student a
-    language model: its loss, `(1 - alpha) * CE(label, student) + alpha * CE(teacher, student)`, is added with the
-    weight `plain`. The student starts from one tuned on labels: `Then(Labels(), DPKD())`, or a trained target.
+    This is the form of the authors' code, token by token. `level="sequence"` is the paper's equation, on an answer y_t
+    that the teacher writes to each prompt and an answer y_s of the student, written anew whenever a prompt is read:
+
+        h = log s(y_t) / t(y_t) - log s(y_s) / t(y_s)
+
+    Of tokens, h is at most 0, and 0 where both would say the same: there the preference teaches nothing, so labels
+    are needed beside it. Only the logits of a and c move. A second stream named `"pretraining"`, plain text, keeps
+    the student a language model: its loss, `(1 - alpha) * CE(label, student) + alpha * CE(teacher, student)`, is
+    added with the weight `plain`. The student starts from one tuned on labels: `Then(Labels(), DPKD())`, or a trained
+    target.
 
     Args:
         alpha: weight of the preference, in [0, 1).
@@ -36,13 +48,15 @@ class DPKD(Distillation):
         shape: `"sigmoid"`, or `"squared"` for `(h - 1 / (2 beta))**2`.
         positive: weight of a penalty where the teacher's token is less likely to the student than to the teacher.
         plain: weight of the second stream's loss.
+        level: `"token"` or `"sequence"`; `label_smoothing` and `shape` serve both, `reference` and `positive` tokens.
+        per_token: divide each answer's log-ratio by its length; for sequences.
+        prompt, length, end: for sequences, as for :class:`~transfuse.distill.GKD`.
 
     Raises:
         InputError: an argument is out of its range, or the data has no labels.
         VocabularyError: teacher and student count different classes.
 
-    Source: Li, Gu, Dong, Wang, Cheng & Wei, 2024, arXiv:2406.19774; this is the token-level form of its code. The
-    sequence-level form, with answers sampled from both, is not part of it.
+    Source: Li, Gu, Dong, Wang, Cheng & Wei, 2024, arXiv:2406.19774.
     """
 
     card = Card(
@@ -64,6 +78,11 @@ class DPKD(Distillation):
         shape: Shape = "sigmoid",
         positive: float = 0.0,
         plain: float = 0.5,
+        level: Literal["token", "sequence"] = "token",
+        per_token: bool = False,
+        prompt: int = 8,
+        length: int | None = None,
+        end: int | None = None,
     ):
         super().__init__()
         if not 0 <= alpha < 1:
@@ -74,8 +93,15 @@ class DPKD(Distillation):
             )
         if shape not in ("sigmoid", "squared") or positive < 0 or plain < 0:
             raise InputError("DPKD: shape is 'sigmoid' or 'squared', positive and plain must not be negative")
+        if level not in ("token", "sequence"):
+            raise InputError(f"DPKD: level is {level!r}, it must be 'token' or 'sequence'")
+        if level == "sequence" and (not reference or positive):
+            raise InputError("DPKD: reference=False and positive are for level='token'")
+        if prompt < 1 or (length is not None and length < 1):
+            raise InputError(f"DPKD: prompt is {prompt} and length {length}, both must be at least 1")
         self.alpha, self.beta, self.label_smoothing, self.reference = alpha, beta, label_smoothing, reference
         self.shape, self.positive, self.plain = shape, positive, plain
+        self.level, self.per_token, self.prompt, self.length, self.end = level, per_token, prompt, length, end
 
     def build(self, student: Outputs, teacher: Outputs) -> None:
         same_classes(student.scores, teacher.scores)
@@ -90,9 +116,26 @@ class DPKD(Distillation):
     def _both(self, batches: Batches, run: Run) -> Losses:
         return {**self.losses(batches, run), **self._plain(batches[EXTRA], run)}
 
+    def losses(self, batches: Batches, run: Run) -> Losses:
+        terms, batch = super().losses(batches, run), batches["data"]
+        if self.level == "token":
+            return terms
+        chosen, rejected = (self._log_ratio(role, batch, run) for role in ("source", "target"))
+        values = preference(chosen - rejected, beta=self.beta, label_smoothing=self.label_smoothing, shape=self.shape)
+        return {**terms, "preference": self.alpha * Term.of(values)}
+
+    def _log_ratio(self, writer: str, batch: Batch, run: Run) -> Tensor:
+        """log s(y) / t(y) of the answers that a model writes, `(batch,)`."""
+        answers = written(writer, batch, run, self.prompt, self.length, self.end)
+        student, teacher = self._shared(run("target", answers), self._teacher(answers, run), answers, run)
+        ratio = label_entropy(teacher.learning, answers.labels) - label_entropy(student.learning, answers.labels)
+        return ratio.sum(1) / (answers.mask.sum(1) if self.per_token else 1)
+
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         if batch.labels is None or batch.mask is None:
             raise InputError("DPKD needs labels beside its preference, and this data has none")
+        if self.level == "sequence":  # the preference is about other texts
+            return {"labels": (1 - self.alpha) * Term.of(label_entropy(student.learning, batch.labels), batch.mask)}
         ours = student.logits_at(batch.mask)
         margin = token_margin(ours, teacher.logits_at(batch.mask), reference=self.reference, positive=self.positive)
         values = preference(margin, beta=self.beta, label_smoothing=self.label_smoothing, shape=self.shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core import rng
-from transfuse.core.decoding import generate
 from transfuse.core.errors import InputError, MissingExtraError
 from transfuse.core.files import file_name, make_folder, write_atomically
 from transfuse.core.method import Method
@@ -34,55 +32,10 @@ from transfuse.distill.kd import KD
 from transfuse.distill.labels import Labels
 from transfuse.distill.seqkd import SeqKD
 from transfuse.losses import IGNORE
+from transfuse.measure.answers import EXTRACTORS, Coder, Item, compare, write
 
 SFT = "SFT"
 """The arm without a teacher, over which gains are taken; trained once per student and seed."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question.
-
-    Attributes:
-        prompt: what the model reads.
-        rationale: what it should write, the answer at the end; learned from in training.
-        answer: the answer alone.
-        kind: a key of the study's extractors.
-    """
-
-    prompt: str
-    rationale: str
-    answer: str
-    kind: str = "number"
-
-
-@dataclass(frozen=True)
-class Coder:
-    """How text becomes tokens and back: `encode(text) -> ids` without special tokens, `decode(ids)`, the end token."""
-
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    end: int
-
-
-def number(text: str) -> str | None:
-    """The last number, without leading zeros; None where there is none."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return f"{float(found[-1]):.10g}" if found else None
-
-
-def choice(text: str) -> str | None:
-    """The last option letter, A to H, that stands alone."""
-    found = re.findall(r"(?<![A-Za-z])([A-H])(?![A-Za-z])", text)
-    return found[-1] if found else None
-
-
-def free_text(text: str) -> str | None:
-    """The words in lower case without punctuation."""
-    return " ".join(re.findall(r"\w+", text.lower())) or None
-
-
-EXTRACTORS: dict[str, Callable[[str], str | None]] = {"number": number, "choice": choice, "text": free_text}
 
 
 class NoisyLogits(nn.Module):
@@ -289,42 +242,6 @@ def fidelity_study(
     return FidelityStudy(outcomes)
 
 
-def compare(
-    ours: Sequence[str],
-    theirs: Sequence[str],
-    items: Sequence[Item],
-    extractors: Mapping[str, Callable[[str], str | None]] = EXTRACTORS,
-) -> dict[str, float]:
-    """Accuracy, agreement and fidelity of what a student wrote, given what its teacher wrote to the same prompts.
-
-    Two models that give no answer agree; an empty rationale counts, and has no words in common with any.
-
-    Raises:
-        InputError: the numbers of texts and items differ.
-        MissingExtraError: sacrebleu is not installed.
-    """
-    if not len(ours) == len(theirs) == len(items) > 0:
-        raise InputError(f"found {len(ours)} and {len(theirs)} texts for {len(items)} items: give one each per item")
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise MissingExtraError("sacrebleu", "llm", "fidelity") from error
-    said, taught, truth = (
-        [extractors[item.kind](text) for text, item in zip(texts, items, strict=True)]
-        for texts in (ours, theirs, [item.answer for item in items])
-    )
-    right = [t is not None and t == answer for t, answer in zip(taught, truth, strict=True)]
-    same = [a == b for a, b in zip(said, taught, strict=True)]
-    return {
-        "accuracy": _mean([a is not None and a == answer for a, answer in zip(said, truth, strict=True)]),
-        "agreement": _mean(same),
-        "when_right": _mean([s for s, r in zip(same, right, strict=True) if r]),
-        "when_wrong": _mean([s for s, r in zip(same, right, strict=True) if not r]),
-        "fidelity": float(BLEU().corpus_score(list(ours), [list(theirs)]).score),
-        "teacher_accuracy": _mean(right),
-    }
-
-
 def tokens_of(items: Sequence[Item], coder: Coder) -> dict[str, Any]:
     """Questions with their rationales and the end token, padded on the right; labels are -100 but on rationales."""
     rows = [(coder.encode(item.prompt), [*coder.encode(item.rationale), coder.end]) for item in items]
@@ -339,28 +256,11 @@ def tokens_of(items: Sequence[Item], coder: Coder) -> dict[str, Any]:
     return {"inputs": {"input_ids": ids, "attention_mask": mask}, "labels": labels}
 
 
-def write(model: nn.Module, items: Sequence[Item], coder: Coder, length: int) -> list[str]:
-    """What a model answers to every prompt, by greedy decoding, 64 at a time."""
-    device, found = next(model.parameters()).device, []
-    for start in range(0, len(items), 64):
-        prompts = [coder.encode(item.prompt) for item in items[start : start + 64]]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[coder.end] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        texts = generate(model, ids, mask=mask, new_tokens=length, end=coder.end)[:, longest:].tolist()
-        found += [coder.decode(t[: t.index(coder.end)] if coder.end in t else t) for t in texts]
-    return found
-
-
 def _once(path: Path, make: Callable[[], Any]) -> Any:
     """What the file holds, made and written where it is missing."""
     if not path.exists():
         write_atomically(path, json.dumps(make()))
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ from transfuse.core.phases import Batches, Losses
 from transfuse.core.run import Run
 from transfuse.core.teacher import same_classes
 from transfuse.distill.base import Distillation
-from transfuse.distill.on_policy import answered, prompts, room
+from transfuse.distill.on_policy import written
 from transfuse.losses import Divergence, Term, match
 
 
@@ -77,14 +77,8 @@ class GKD(Distillation):
         batch = batches["data"]
         # One coin for all micro-batches and processes, so that an update is of one kind.
         if float(torch.rand((), generator=run.shared_rng("GKD"))) < self.share:
-            batch = self.own_texts(batch, run)
+            batch = written("target", batch, run, self.prompt, self.length, self.end, self.temperature)
         return self.loss(*self._shared(run("target", batch), self._teacher(batch, run), batch, run), batch, run.clock)
-
-    def own_texts(self, batch: Batch, run: Run) -> Batch:
-        """The batch's prompts with answers by the student."""
-        asked, mask = prompts(batch, self.prompt)
-        options = {"new_tokens": room(batch, mask, self.length), "temperature": self.temperature, "end": self.end}
-        return answered(run.generate("target", asked, None if bool(mask.all()) else mask, **options), mask, self.end)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
         kinds = {0.0: Divergence("forward"), 1.0: Divergence("reverse")}

@@ -6,15 +6,14 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from transfuse.core.adapters import adapted
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
-from transfuse.core.errors import InputError, MissingExtraError
-from transfuse.core.output_layer import find_output_layer
-from transfuse.core.outputs import Outputs, eager
+from transfuse.core.errors import InputError
+from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.teacher import same_classes
@@ -22,8 +21,6 @@ from transfuse.core.teaching import teach
 from transfuse.distill.base import Distillation
 from transfuse.losses import Divergence
 
-LINEAR = ("Linear", "Conv1D")
-"""Classes of the layers that get an adapter; GPT-2 calls its own Conv1D."""
 ADAM_BYTES = 8
 """Two moments in float32."""
 
@@ -145,62 +142,3 @@ class LLMNeo(Distillation):
                 "values": [[float(n), float(n * ADAM_BYTES)] for n in (trained, whole)],
             }
         ]
-
-
-def adapted(model: nn.Module, inputs: Any, rank: int, alpha: float) -> Any:
-    """PEFT's LoRA of a model that shares its weights' memory with it; `.model` is the module to run.
-
-    Raises:
-        InputError: there is no layer to adapt, or there are adapters already.
-        MissingExtraError: PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError:
-        raise MissingExtraError("peft", "llm", "LLMNeo") from None
-    if any(hasattr(m, "lora_A") for m in model.modules()):
-        raise InputError("the target has adapters already: train them with KD, or merge them first")
-    layers = layers_to_adapt(eager(model), inputs)
-    # New parameters over the same memory, so that freezing them leaves the target's own as they were.
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    copied = copy.deepcopy(eager(model), shared)
-    fan_in_fan_out = any(type(copied.get_submodule(name)).__name__ == "Conv1D" for name in layers)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # its scale is alpha / r, whole or not
-        lora_dropout=0.0,
-        target_modules=layers,
-        fan_in_fan_out=fan_in_fan_out,
-    )
-    lora = LoraModel(copied, {"default": config}, "default")
-    for p in lora.parameters():
-        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
-            p.data = p.data.float()  # small steps would be lost in half precision
-    return lora
-
-
-def layers_to_adapt(model: nn.Module, inputs: Any) -> list[str]:
-    """Paths of the linear layers that are neither the output layer nor share their weight with an embedding.
-
-    Raises:
-        InputError: there are none.
-    """
-    output = find_output_layer(model, inputs)
-    named: Any = getattr(model, "get_output_embeddings", None)
-    heads = {id(output), id(named() if named else None)}
-    tied: set[int] = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found = [
-        name
-        for name, m in model.named_modules()
-        if type(m).__name__ in LINEAR
-        and isinstance(weight := getattr(m, "weight", None), Tensor)
-        and id(m) not in heads
-        and id(weight) not in tied
-    ]
-    if not found:
-        raise InputError(
-            f"{type(model).__name__} has no linear layer beside its output layer that an adapter fits "
-            f"({' or '.join(LINEAR)}): use KD"
-        )
-    return found

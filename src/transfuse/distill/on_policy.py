@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from transfuse.core.batch import Batch, align_tokens, token_ids
+from transfuse.core.batch import Batch, align_tokens, real_tokens, token_ids
 from transfuse.core.errors import InputError
+from transfuse.core.run import Run
 from transfuse.losses import IGNORE
 
 
@@ -23,10 +22,8 @@ def prompts(batch: Batch, least: int) -> tuple[Tensor, Tensor]:
         InputError: a sample is not longer than its prompt.
     """
     tokens = token_ids(batch)
-    given = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    real = torch.ones_like(tokens, dtype=torch.bool) if given is None else given.bool()
     rows = []
-    for row, there, scored in zip(tokens, real, batch.mask, strict=True):
+    for row, there, scored in zip(tokens, real_tokens(batch), batch.mask, strict=True):
         first = int(scored.int().argmax()) if scored.any() else len(row) - 1
         marked = int(there[: first + 1].sum())  # 1 in plain text, which is scored from its second token on
         before = marked if marked > 1 else min(least, int(there.sum()))
@@ -35,6 +32,20 @@ def prompts(batch: Batch, least: int) -> tuple[Tensor, Tensor]:
     padded = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
     mask = torch.stack([torch.arange(longest, device=row.device) >= longest - len(row) for row in rows])
     return padded, mask
+
+
+def written(
+    role: str, batch: Batch, run: Run, prompt: int, length: int | None, end: int | None, temperature: float = 1.0
+) -> Batch:
+    """The batch's prompts with answers that a model writes, lined up; no gradient flows through the writing.
+
+    Args:
+        prompt, length: as for :func:`prompts` and :func:`room`. end: as for :func:`answered`.
+        temperature: of the sampling.
+    """
+    asked, mask = prompts(batch, prompt)
+    options = {"new_tokens": room(batch, mask, length), "temperature": temperature, "end": end}
+    return answered(run.generate(role, asked, None if bool(mask.all()) else mask, **options), mask, end)
 
 
 def answered(texts: Tensor, mask: Tensor, end: int | None) -> Batch:

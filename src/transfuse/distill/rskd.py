@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from transfuse.core.batch import Batch
 from transfuse.core.card import Card
@@ -16,6 +15,7 @@ from transfuse.core.teacher import same_classes
 from transfuse.core.teaching import teach
 from transfuse.distill.base import Distillation
 from transfuse.losses import Divergence, Projection, Sampled
+from transfuse.losses.scores import in_parts
 
 CHUNK = 256
 
@@ -72,16 +72,13 @@ class RSKD(Distillation):
     @torch.no_grad()
     def _draw(self, teacher: Outputs, batch: Batch) -> Sampled:
         """Draws from a live teacher, at the positions that count."""
-        scores = teacher.scores
-        whole = scores.hidden if isinstance(scores, Projection) else scores
-        assert isinstance(whole, Tensor)
-        mask = torch.ones(whole.shape[:-1], dtype=torch.bool, device=whole.device) if batch.mask is None else batch.mask
+        scores = teacher.learning
+        device = scores.hidden.device if isinstance(scores, Projection) else scores.device
+        mask = torch.ones(scores.shape[:-1], dtype=torch.bool, device=device) if batch.mask is None else batch.mask
         seed = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        ids = torch.zeros(*mask.shape, self.draws, dtype=torch.long, device=whole.device)
-        drawn = []
-        for part in whole[mask].split(CHUNK):
-            logits = Projection(part, scores.weight, scores.bias).dense() if isinstance(scores, Projection) else part
-            drawn.append(draw_tokens(logits.float().cpu(), self.draws, seed))
+        ids = torch.zeros(*mask.shape, self.draws, dtype=torch.long, device=device)
+        parts = in_parts(scores, CHUNK, mask)
+        drawn = [draw_tokens(logits.float().cpu(), self.draws, seed) for logits in parts]
         counts = torch.zeros_like(ids)
         if drawn:
             ids[mask] = torch.cat(drawn).sort(-1).values.to(ids.device)

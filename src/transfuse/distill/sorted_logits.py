@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from transfuse.core.batch import Batch
+from transfuse.core.batch import Batch, real_tokens
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Losses
 from transfuse.distill.base import Distillation
-from transfuse.distill.byte_span import real, scored_tokens
+from transfuse.distill.byte_span import scored_tokens
 from transfuse.losses import IGNORE, Term
 from transfuse.losses.alignment import sorted_distance
 from transfuse.losses.match import label_entropy
@@ -78,7 +78,7 @@ def _scored(batch: Batch) -> tuple[Tensor, Tensor]:
     """The scored positions of both sides, `(batch, tokens)` each."""
     other = batch.for_source()
     ours = scored_tokens(batch)
-    return ours, ours if other is batch else next_token(real(other).long()) == 1
+    return ours, ours if other is batch else next_token(real_tokens(other).long()) == 1
 
 
 def _counts(batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch
+from transfuse.core.batch import Batch, padding_mask
 from transfuse.core.card import Card
 from transfuse.core.clock import Clock, Schedule
 from transfuse.core.errors import InputError, ShapeError
@@ -255,6 +255,6 @@ def _rows_of_size_one(mixer: Any, x: Tensor, mask: Tensor) -> Tensor:
 def _visible(batch: Batch, tokens: int, device: torch.device) -> Tensor:
     """Which token may look at which, `(batch or 1, 1, tokens, tokens)`."""
     seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril()
-    real = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    real = padding_mask(batch)
     itself = torch.eye(tokens, dtype=torch.bool, device=device)
-    return seen if real is None else (seen & real.bool()[:, None, None, :]) | itself
+    return seen if real is None else (seen & real[:, None, None, :]) | itself

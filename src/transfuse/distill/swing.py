@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +21,8 @@ from transfuse.distill.base import Distillation
 from transfuse.losses import Term, cross_entropy
 
 SMALLEST = 1e-8
+PATTERNS = (r"[\w.+-]+@[\w-]+\.[\w.]+", r"\d{2,}")
+"""E-mail addresses, and runs of two or more digits."""
 
 
 class Swing(Distillation):
@@ -35,8 +39,8 @@ class Swing(Distillation):
     averaged away over epochs. Cutting at 0 biases small probabilities upwards.
 
     The batch brings `privacy`, `(batch, tokens)`: u of each token of the text (where it is the one to be predicted, so
-    it is shifted here as labels are). How it is found is the user's: rules, a tagger, or how much better the teacher
-    knows a token than a public model does, :func:`exposure_scores`.
+    it is shifted here as labels are). Ways to find it: rules, :func:`rule_scores`; a tagger, :func:`tagger_scores`; or
+    how much better the teacher knows a token than a public model does, :func:`exposure_scores`.
 
     Args:
         low, high: temperatures of ordinary and of private tokens.
@@ -145,3 +149,32 @@ def exposure_scores(teacher_loss: Tensor, public_loss: Tensor, slope: float = 2.
         teacher_loss, public_loss: nats of each token, of one shape.
     """
     return torch.sigmoid(slope * (public_loss - teacher_loss - margin))
+
+
+def rule_scores(text: str, ends: Sequence[int], patterns: Sequence[str] = PATTERNS) -> Tensor:
+    """1 for the tokens of a text that touch a match of a pattern, 0 for others, `(tokens,)`.
+
+    Args:
+        ends: of each token, the number of characters of the text up to its end.
+        patterns: regular expressions; by default e-mail addresses and runs of two or more digits.
+    """
+    found = torch.zeros(len(ends))
+    spans = [match.span() for pattern in patterns for match in re.finditer(pattern, text)]
+    for i, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        found[i] = any(a < end and start < b for a, b in spans)
+    return found
+
+
+def tagger_scores(logits: Tensor, private: Sequence[int]) -> Tensor:
+    """The probability that a token tagger gives to its private classes, `(batch, tokens)`.
+
+    Args:
+        logits: of the tagger, `(batch, tokens, classes)`, line by line with the text's tokens.
+        private: numbers of the private classes.
+
+    Raises:
+        InputError: the tagger has no such class.
+    """
+    if not private or not all(0 <= c < logits.shape[-1] for c in private):
+        raise InputError(f"private classes are {list(private)}, the tagger has {logits.shape[-1]} classes")
+    return logits.float().softmax(-1)[..., list(private)].sum(-1)

@@ -21,10 +21,10 @@ class TinyViT(Distillation):
         p_c = stored value of class c among the K kept,  (1 - sum of the kept) / (C - K) for each other class
         loss = -sum_c p_c log student_c
 
-    The data is `store.dataset(images)` of a :class:`~transfuse.core.store.ViewStore`: each sample is the view that the
-    teacher saw, made again from its seed, with what the teacher said. Views of several epochs stand in a row, so an
-    epoch over this data shows each of them once. No labels are used. The target is biased, since the rest is spread
-    evenly; RS-KD's draws are not.
+    The data is `store.dataset(images)` of a :class:`~transfuse.core.store.ViewStore`: each sample is the view that
+    the teacher saw, made again from its seed, with what the teacher said. Views of several epochs stand in a row, so
+    an epoch over this data shows each of them once; `store.dataset(images, mixup=0.8)` mixes them. No labels are
+    used. The target is biased, since the rest is spread evenly; RS-KD's draws are not.
 
     Raises:
         InputError: the data has no stored answers, or the target has fewer classes than were kept.
@@ -49,7 +49,11 @@ class TinyViT(Distillation):
         logits, values = student.logits, batch["values"]
         if batch["ids"].shape[-1] >= logits.shape[-1]:
             raise InputError(f"{batch['ids'].shape[-1]} classes were kept, the target has {logits.shape[-1]}")
-        return {"stored": Term.of(stored_cross_entropy(logits, batch["ids"], values))}
+        losses = stored_cross_entropy(logits, batch["ids"], values)
+        if "share" in batch:  # of mixed views, whose target is mixed as they are
+            other = stored_cross_entropy(logits, batch["other_ids"], batch["other_values"])
+            losses = torch.lerp(other, losses, batch["share"])
+        return {"stored": Term.of(losses)}
 
 
 def stored_cross_entropy(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:

@@ -16,8 +16,10 @@
 - :mod:`~transfuse.losses.data_free`: a frozen teacher's answers to made images, one scalar
 - :mod:`~transfuse.losses.contrastive`: which samples belong together
 - :mod:`~transfuse.losses.decoupled`: groups of classes apart from each other
+- :mod:`~transfuse.losses.routing`: how a router spreads tokens over experts
 - :mod:`~transfuse.losses.transform`: what a teacher's logits become before they are compared
 - :mod:`~transfuse.losses.transport`: plans of optimal transport between two sets
+- :mod:`~transfuse.losses.kernels`: convolution kernels moved, turned and made of each other
 - :mod:`~transfuse.losses.reduction`: how those values become a :class:`Term`, which the trainer divides
 
 What runs models, keeps state or follows a schedule is a method and lives in its family's folder.
@@ -59,9 +61,10 @@ from transfuse.losses.relation import (
     u_product,
     u_removed,
 )
+from transfuse.losses.routing import balance_loss, router_z_loss
 from transfuse.losses.scores import Projection, Sampled, Scores, Target, TopK
 from transfuse.losses.sparse import sampled_kl, top_k_kl, top_k_target
-from transfuse.losses.supervised import cross_entropy, ctc
+from transfuse.losses.supervised import cross_entropy, ctc, pseudo_labels
 from transfuse.losses.transform import top_k_linspace, top_k_scaling
 from transfuse.losses.transport import cosine_cost, cut_cost, ipot, sinkhorn
 
@@ -80,6 +83,7 @@ __all__ = [
     "anchor_penalty",
     "attention_map",
     "attention_transfer",
+    "balance_loss",
     "balanced_kl",
     "batch_norm_distance",
     "category_contrast",
@@ -109,9 +113,11 @@ __all__ = [
     "nce",
     "next_token",
     "preference",
+    "pseudo_labels",
     "reverse_gradient",
     "rkd_angle",
     "rkd_distance",
+    "router_z_loss",
     "sampled_kl",
     "sinkhorn",
     "skew_kl",

@@ -6,7 +6,7 @@ teacher's distribution. Leading dimensions are free: `(tokens, ...)` or `(batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -105,3 +105,22 @@ Scores = Tensor | Projection
 """A student's or a teacher's whole distribution."""
 Target = Tensor | Projection | TopK | Sampled
 """What a student can be compared with."""
+
+
+def positions(scores: Scores, mask: Tensor | None = None) -> Scores:
+    """The scores of the positions that count, `(rows, classes)`.
+
+    Args:
+        mask: `(batch,)` or `(batch, tokens)`; None counts all.
+    """
+    if isinstance(scores, Projection):
+        return scores.on_samples(lambda hidden: hidden.flatten(0, -2) if mask is None else hidden[mask])
+    return scores.flatten(0, -2) if mask is None else scores[mask]
+
+
+def in_parts(scores: Scores, rows: int, mask: Tensor | None = None) -> Iterator[Tensor]:
+    """The logits of the positions that count, so many rows at a time: of a projection no more of them exist."""
+    chosen = positions(scores, mask)
+    if isinstance(chosen, Projection):
+        return (replace(chosen, hidden=part).dense() for part in chosen.hidden.split(rows))
+    return iter(chosen.split(rows))

@@ -7,6 +7,7 @@ changes a model, and nothing here is trained on: losses are in :mod:`transfuse.l
 """
 
 from transfuse.measure.adversarial import AdversarialTransferability
+from transfuse.measure.answers import AnswerFidelity
 from transfuse.measure.base import Measure, Measurement, Table
 from transfuse.measure.calibration import (
     Reliability,
@@ -53,6 +54,7 @@ __all__ = [
     "NO_EFFECT",
     "VALIDATORS",
     "AdversarialTransferability",
+    "AnswerFidelity",
     "CandidateScorer",
     "Cloze",
     "Cost",

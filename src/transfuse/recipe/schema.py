@@ -262,8 +262,11 @@ class Content(Part):
 
     @property
     def trains(self) -> bool:
-        """Whether the method trains anything: none of inference does."""
-        return not (isinstance(self.method, One) and catalogue.find(self.method.name).family in ("measure", "infer"))
+        """Whether the method trains anything: none of inference does, and no merge of weights alone."""
+        if not isinstance(self.method, One):
+            return True
+        entry = catalogue.find(self.method.name)
+        return entry.family not in ("measure", "infer") and (entry.family, entry.card.data) != ("weights", "none")
 
     @model_validator(mode="after")
     def _says_how_long(self) -> Self:

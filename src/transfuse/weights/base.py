@@ -12,16 +12,19 @@ import inspect
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
-from transfuse.core.run import Run
 from transfuse.weights.checkpoint import Checkpoint, InMemory
+from transfuse.weights.ledger import RELATED
+
+if TYPE_CHECKING:
+    from transfuse.core.batch import Batch
+    from transfuse.core.run import Run
 
 Setting = Any
 """A number; a list with one for each model; `{"depth": [a, b, ...]}`, interpolated from the first layer to the last; or
@@ -40,6 +43,9 @@ class Merge(Method):
     trains = False
     needs_base: ClassVar[bool] = False
     """Whether it reads the common ancestor; if not, `merge` may be given None."""
+    elementwise: ClassVar[bool] = False
+    """Whether each entry of a merged tensor follows from the same entries of the others, so that it can be computed in
+    pieces that stay in a processor's cache."""
     exactly: ClassVar[int | None] = None
     """How many models it merges, where that is fixed."""
 
@@ -57,14 +63,17 @@ class Merge(Method):
         """The method for one tensor.
 
         Args:
-            depth: where in the network it is, from 0 (the first layer, and what comes before it) to 1.
+            depth: where in the network it is, from 0 (the first layer, and what is in none) to 1 (the last).
         """
-        given = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        named = inspect.signature(type(self)).parameters
+        given = {name: getattr(self, name) for name in named if hasattr(self, name)}  # some have no arguments
         if not any(isinstance(part, Mapping) for value in given.values() for part in _parts(value)):
             return self
         return type(self)(**{name: settled(value, key, depth, name) for name, value in given.items()})
 
     def setup(self, run: Run, sample: Batch | None) -> None:
+        from transfuse.weights.engine import Plan  # it stands on this module
+
         name = type(self).__name__
         if run.shuffled:
             raise InputError(f"{name} reads weights, not outputs, so there is no shuffled arm")
@@ -72,17 +81,55 @@ class Merge(Method):
             raise InputError(f"{name} merges the sources into the target: pass source=[model, ...]")
         # In a tuple, for they are no part of the method: nobody shall train or save them with it.
         self._parents = tuple((role, run[role]) for role in run.sources)
+        plan = Plan.of(self, *self._opened(run["target"]), force=True)
+        who, cosine = min(plan.ledger.cosines.items(), key=lambda item: item[1], default=("", 1.0))
+        if cosine < RELATED:
+            run.watch.say(
+                "no common ancestor",
+                f"{who} share no ancestor (cosine of their weights {cosine:.3f}): what a merge of them says is babble",
+            )
+        self._ledger = (plan.ledger,)
 
     def begin_stage(self, i: int, run: Run) -> bool:
         return False  # there is nothing to train
 
     def deploy(self, target: nn.Module) -> nn.Module:
-        from transfuse.weights.engine import merged_state
+        from transfuse.weights.engine import merge  # it stands on this module
 
         merged = copy.deepcopy(target)
-        parents: list[Checkpoint] = [InMemory(model, role) for role, model in self._parents]
-        merged.load_state_dict(merged_state(self, InMemory(target, "target"), parents))
+        merged.load_state_dict(merge(self, *self._opened(target), force=True).state or {})
         return merged
+
+    def panels(self) -> list[dict[str, Any]]:
+        (ledger,) = self._ledger
+        models = list(ledger.distances)
+        if not models:
+            return []
+        overlaps = [
+            [ledger.overlaps.get(f"{a} and {b}", ledger.overlaps.get(f"{b} and {a}", 1.0)) for b in models]
+            for a in models
+        ]
+        return [
+            {
+                "kind": "bars",
+                "title": "How far each model is from the common start",
+                "note": "The norm of what it has learned over that of the start, on some of the weights.",
+                "rows": ["change"],
+                "groups": models,
+                "values": [list(ledger.distances.values())],
+            },
+            {
+                "kind": "matrix",
+                "title": "Whether models have learned in the same direction",
+                "note": "Cosines of task vectors: near 0 they do not disturb each other, below 0 they do.",
+                "rows": models,
+                "columns": models,
+                "values": overlaps,
+            },
+        ]
+
+    def _opened(self, target: nn.Module) -> tuple[list[Checkpoint], Checkpoint]:
+        return [InMemory(model, role) for role, model in self._parents], InMemory(target, "target")
 
 
 def settled(value: Setting, key: str, depth: float, name: str = "a setting") -> Any:

@@ -7,8 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from transfuse.core.batch import Batch
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
+from transfuse.core.outputs import Outputs
 from transfuse.core.phases import Batches, Losses, Phase, Stage
 from transfuse.core.run import Run
 
@@ -33,6 +35,13 @@ class Composed(Method):
     def thawed(self, target: nn.Module) -> list[nn.Parameter]:
         """Parameters of the target that are trained beside the learned ones, for instance a new head."""
         return []
+
+    def run_composed(self, run: Run, batch: Batch, grad: bool = True) -> Outputs:
+        """The target's outputs with the computed parameters; gradients reach them and what is thawed, nothing else."""
+        target = run["target"]
+        thawed = {id(p) for p in self.thawed(target)}
+        own = {name: p if id(p) in thawed else p.detach() for name, p in target.named_parameters()}
+        return run("target", batch, grad, params={**own, **self.compose(target)})
 
     def stage(self, i: int, run: Run) -> Stage:
         if "data" not in run.data:

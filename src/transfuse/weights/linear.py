@@ -34,6 +34,8 @@ class Linear(Merge):
         tasks=("classification", "language-model", "token-classification", "segmentation", "regression"),
     )
 
+    elementwise = True
+
     def __init__(self, weight: Setting = 1.0, normalize: bool = True):
         super().__init__()
         self.weight, self.normalize = weight, normalize

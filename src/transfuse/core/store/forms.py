@@ -48,10 +48,6 @@ class Form:
         """The entries of all tokens of several records, tokens first: what `Outputs.raw` takes once it is batched."""
         raise NotImplementedError
 
-    def bytes_per_token(self, classes: int) -> float:
-        """Before anything is known about the data; an estimate for what is drawn."""
-        raise NotImplementedError
-
     def as_header(self) -> dict[str, Any]:
         """What rebuilds it: :func:`form_of`."""
         return {"form": self.name, **asdict(self)}  # type: ignore[call-overload]
@@ -81,9 +77,6 @@ class Dense(Form):
     def unpack(self, records: Sequence[Any], tokens: Sequence[int], classes: int, temperature: float) -> Tensor:
         values = np.concatenate([np.frombuffer(record, DTYPES[self.dtype]) for record in records])
         return torch.from_numpy(values.reshape(-1, classes)).float()
-
-    def bytes_per_token(self, classes: int) -> float:
-        return classes * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 @dataclass(frozen=True)
@@ -127,9 +120,6 @@ class TopKept(Form):
             classes,
             temperature,
         )
-
-    def bytes_per_token(self, classes: int) -> float:
-        return self.k * (4 + np.dtype(DTYPES[self.dtype]).itemsize)
 
 
 @dataclass(frozen=True)
@@ -175,9 +165,6 @@ class Draws(Form):
         ids[there], counts[there] = pairs & (2**17 - 1), pairs >> 17
         return Sampled(ids, counts, classes, temperature)
 
-    def bytes_per_token(self, classes: int) -> float:
-        return 1 + 3 * min(self.n, 12)
-
 
 @dataclass(frozen=True)
 class Layers(Form):
@@ -200,9 +187,6 @@ class Layers(Form):
         object.__setattr__(self, "names", tuple(self.names))
         if not self.names or any("*" in name for name in self.names):
             raise InputError(f"Layers: name single layers, found {self.names}")
-
-    def bytes_per_token(self, classes: int) -> float:
-        return float("nan")  # known with the first batch
 
 
 def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
@@ -233,7 +217,7 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     inside = weights[torch.arange(tokens)[:, None], block].double().cumsum(-1)
     found = torch.searchsorted(inside, (at - before)[..., None], right=True)[..., 0]
     # Sums in another order may end a rounding short of the block's; then it is the last class with any mass.
-    last = (inside.shape[-1] - 1) - (inside == inside[..., -1:]).sum(-1) + 1
+    last = BLOCK - (inside == inside[..., -1:]).sum(-1)
     return block * BLOCK + torch.minimum(found, last)
 
 

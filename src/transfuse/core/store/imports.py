@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from transfuse.core.batch import Batch, token_ids
+from transfuse.core.batch import Batch, padding_mask, token_ids
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.store.forms import TopKept
 from transfuse.core.store.shards import Record, what_is_asked, write_shard
-from transfuse.core.store.store import FORMAT, SHARD, TeacherStore, _agree, _mask, tokenizer_fingerprint
-from transfuse.core.streams import Indexed, as_data
+from transfuse.core.store.store import SHARD, TeacherStore, claim, tokenizer_fingerprint
+from transfuse.core.streams import Indexed, by_number
 from transfuse.core.vocabulary import token_bytes
 from transfuse.losses.reduction import IGNORE
 
@@ -105,33 +105,16 @@ def _import(
     classes: int,
     positions: Callable[[int, Mapping[str, Any], list[int], Sequence[int]], list[Position]],
 ) -> TeacherStore:
-    stream, path = as_data(data), Path(folder)
-    if not isinstance(stream, Indexed):
-        raise InputError("a store is read by the number of a sample: pass a data set, not a loader or an iterator")
+    stream, path = by_number(data), Path(folder)
     answers = [
         (sample, positions(number, answer, tokens, answer_at), tokens, asked)
         for number, (answer, (sample, tokens, answer_at, asked)) in enumerate(_paired(_lines(given), stream))
     ]
     k = max((len(known) for _, found, _, _ in answers for _, known in found), default=1)
     form = TopKept(k, "float32")
-    shards = math.ceil(stream.size / SHARD)
-    header = {
-        "format": FORMAT,
-        "keep": form.as_header(),
-        "classes": classes,
-        "temperature": 1.0,
-        "by_token": True,
-        "layers": {},
-        "teacher": "imported",
-        "data": what_is_asked(stream.fetch(torch.tensor([0, stream.size - 1]))),
-        "tokenizer": tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "get_vocab") else None,
-        "seed": 0,
-        "samples": stream.size,
-        "shards": shards,
-        "shard_size": SHARD,
-    }
-    _agree(path, header)
-    for number in range(shards):
+    known_by = tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "get_vocab") else None
+    claim(path, stream, form, classes=classes, teacher="imported", tokenizer=known_by)
+    for number in range(math.ceil(stream.size / SHARD)):
         part = answers[number * SHARD : (number + 1) * SHARD]
         write_shard(path, number, (_record(form, classes, *answer) for answer in part))
     return TeacherStore(path)
@@ -164,7 +147,7 @@ def _paired(
 
 
 def _read(batch: Batch) -> tuple[list[int], list[int]]:
-    tokens, real = token_ids(batch)[0], _mask(batch)
+    tokens, real = token_ids(batch)[0], padding_mask(batch)
     labels = batch.labels[0] if batch.labels is not None else None
     if real is not None:
         tokens, labels = tokens[real[0]], None if labels is None else labels[real[0]]

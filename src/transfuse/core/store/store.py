@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core import rng
-from transfuse.core.batch import Batch
+from transfuse.core.batch import Batch, padding_mask
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.files import make_folder, write_atomically
 from transfuse.core.output_layer import find_output_layer, left_out
 from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision, modes_kept
+from transfuse.core.placement import device_of
 from transfuse.core.store.forms import DTYPES, NO_NUMBERS, Dense, Draws, Form, Layers, form_of
 from transfuse.core.store.shards import Record, Shards, bytes_of, shard_path, what_is_asked, write_shard
-from transfuse.core.streams import Indexed, as_data
+from transfuse.core.streams import Indexed, by_number
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import Recorded
-from transfuse.losses.scores import Projection, Sampled, TopK
+from transfuse.losses.scores import Sampled, TopK, in_parts, positions
 
 FORMAT = 1
 HEADER = "store.json"
@@ -151,9 +152,7 @@ class TeacherStore(Recorded):
             StoreError: the folder holds a store of another teacher, tokenizer, data or form, or cannot be written.
             InputError: the data cannot be read by number, or the form does not fit the teacher.
         """
-        stream = as_data(data)
-        if not isinstance(stream, Indexed):
-            raise InputError("a store is read by the number of a sample: pass a data set, not a loader or an iterator")
+        stream = by_number(data)
         form, path = keep or Draws(), Path(folder)
         if not temperature > 0 or (temperature != 1 and isinstance(form, Dense | Layers)):
             raise InputError(
@@ -162,22 +161,19 @@ class TeacherStore(Recorded):
             )
         builder = _Builder(teacher, stream, form, task, temperature, seed)
         shards = math.ceil(stream.size / shard_size)
-        header = {
-            "format": FORMAT,
-            "keep": form.as_header(),
-            "classes": builder.classes,
-            "temperature": temperature,
-            "by_token": builder.by_token,
-            "layers": builder.layers,
-            "teacher": teacher_fingerprint(teacher),
-            "data": what_is_asked(stream.fetch(torch.tensor([0, stream.size - 1]))),
-            "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            "seed": seed,
-            "samples": stream.size,
-            "shards": shards,
-            "shard_size": shard_size,
-        }
-        _agree(path, header)
+        claim(
+            path,
+            stream,
+            form,
+            classes=builder.classes,
+            teacher=teacher_fingerprint(teacher),
+            tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            shard_size=shard_size,
+            temperature=temperature,
+            by_token=builder.by_token,
+            layers=builder.layers,
+            seed=seed,
+        )
         mine = [i for i in range(rank, shards, world) if not shard_path(path, i).exists()]
         rows = [torch.arange(i * shard_size, min((i + 1) * shard_size, stream.size)) for i in mine]
         total, done = sum(map(len, rows)), 0
@@ -205,7 +201,7 @@ class _Builder:
         self.teacher, self.data, self.form = teacher, data, form
         self.temperature, self.seed = temperature, seed
         self.by_token = task in ("language-model", "token-classification")
-        self.device = next((t.device for t in (*teacher.parameters(), *teacher.buffers())), torch.device("cpu"))
+        self.device = device_of(teacher)
         first = data.fetch(torch.arange(1)).to(self.device)
         names = form.names if isinstance(form, Layers) else ()
         self.taps = Taps(teacher, names, first.inputs) if names else None
@@ -240,7 +236,7 @@ class _Builder:
         asked = what_is_asked(batch)
         moved = batch.to(self.device)
         outputs = self._ask(moved)
-        real = _mask(moved)
+        real = padding_mask(moved)
         for i, sample in enumerate(batch.index.tolist()):
             chosen = None if real is None else real[i]
             draw = torch.Generator().manual_seed(rng.derive(self.seed, "draws", sample))
@@ -253,21 +249,16 @@ class _Builder:
     ) -> tuple[bytes, int]:
         if isinstance(self.form, Layers):
             return self._features(outputs, i, real)
-        scores = outputs.scores
-        assert isinstance(scores, Projection | Tensor)
-        whole = scores.hidden if isinstance(scores, Projection) else scores
-        rows = whole[i : i + 1] if not self.by_token else whole[i] if real is None else whole[i][real]
-        parts: Iterator[Tensor] = iter(rows.split(CHUNK))
-        if isinstance(scores, Projection):  # one after the other, so that no two of them exist
-            parts = (Projection(part, scores.weight, scores.bias).dense() for part in rows.split(CHUNK))
+        mask = real[None] if self.by_token and real is not None else None
+        mine = positions(outputs.on_samples(lambda value: value[i : i + 1]).learning, mask)
         # Nothing is divided by 1, for that takes as long as a part of the drawing.
-        kept = (full_precision(part).cpu() for part in parts)
+        kept = (full_precision(part).cpu() for part in in_parts(mine, CHUNK))
         cooled = kept if self.temperature == 1 else (part / self.temperature for part in kept)
         taken = [self.form.take(part, draw) for part in cooled]
         entries = {name: torch.cat([t[name] for t in taken]) for name in taken[0]}
         if any(entry.isnan().any() for entry in entries.values()):
             raise StoreError(f"what the teacher says about sample {sample} is {NO_NUMBERS}")
-        return self.form.pack(entries), len(rows)
+        return self.form.pack(entries), mine.shape[0]
 
     def _features(self, outputs: Outputs, i: int, real: Tensor | None) -> tuple[bytes, int]:
         assert isinstance(self.form, Layers)
@@ -330,9 +321,41 @@ def _checksum(header: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(header, sort_keys=True).encode())
 
 
-def _agree(folder: Path, header: dict[str, Any]) -> None:
-    """Write the header, or check that the one that is there says the same."""
+def claim(
+    folder: Path,
+    stream: Indexed,
+    form: Form,
+    *,
+    classes: int,
+    teacher: str,
+    tokenizer: str | None,
+    shard_size: int = SHARD,
+    temperature: float = 1.0,
+    by_token: bool = True,
+    layers: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> None:
+    """Write the header of a store, or check that the one that is there says the same.
+
+    Raises:
+        StoreError: the folder holds another store, or cannot be written.
+    """
     make_folder(folder)
+    header = {
+        "format": FORMAT,
+        "keep": form.as_header(),
+        "classes": classes,
+        "temperature": temperature,
+        "by_token": by_token,
+        "layers": layers or {},
+        "teacher": teacher,
+        "data": what_is_asked(stream.fetch(torch.tensor([0, stream.size - 1]))),
+        "tokenizer": tokenizer,
+        "seed": seed,
+        "samples": stream.size,
+        "shards": math.ceil(stream.size / shard_size),
+        "shard_size": shard_size,
+    }
     given = json.loads(json.dumps(header))
     if not (folder / HEADER).exists():
         write_atomically(folder / HEADER, json.dumps({**given, "checksum": _checksum(given)}, indent=2) + "\n")
@@ -344,14 +367,9 @@ def _agree(folder: Path, header: dict[str, Any]) -> None:
         )
 
 
-def _mask(batch: Batch) -> Tensor | None:
-    real = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    return None if real is None else real.bool()
-
-
 def _tokens(batch: Batch) -> list[int]:
     """How many real tokens each sample has."""
-    real = _mask(batch)
+    real = padding_mask(batch)
     if real is not None:
         return real.sum(1).tolist()
     tokens = batch.inputs["input_ids"] if isinstance(batch.inputs, Mapping) else batch.inputs
@@ -362,7 +380,7 @@ def _placer(batch: Batch, tokens: list[int], by_token: bool) -> Callable[[Tensor
     """Puts entries of all tokens, or samples, where they belong in the batch; padding is 0."""
     if not by_token:
         return lambda value: value
-    real = _mask(batch)
+    real = padding_mask(batch)
     if real is None:
         return lambda value: value.view(len(tokens), -1, *value.shape[1:])
     there = real.cpu()

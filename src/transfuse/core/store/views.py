@@ -142,15 +142,24 @@ class ViewStore:
         values = torch.tensor(record["values"].astype(np.float32))
         return int(record["seed"]), values, torch.tensor(record["ids"].astype(np.int64))
 
-    def dataset(self, images: Tensor) -> Dataset[dict[str, Tensor]]:
+    def dataset(self, images: Tensor, mixup: float = 0.0) -> Dataset[dict[str, Tensor]]:
         """Every view of every image with what the teacher said: `{"inputs", "values", "ids"}`, epochs in a row.
 
+        Args:
+            mixup: above 0, each view is mixed with another of its epoch: `share * view + (1 - share) * other`, where
+                share is from Beta(mixup, mixup). Share and other follow from the view's seed, so they are replayed,
+                too. What the teacher said about the other comes as `"other_values"` and `"other_ids"`, and `"share"`:
+                targets are mixed as images are, since the teacher saw them apart.
+
         Raises:
+            InputError: mixup is negative.
             StoreError: the number of images is another.
         """
+        if mixup < 0:
+            raise InputError(f"mixup is {mixup}: it is 0 (off) or the positive parameter of a Beta distribution")
         if len(images) != self.samples:
             raise StoreError(f"the views in {self.folder} are of {self.samples} images, found {len(images)}")
-        return _Views(self, images)
+        return _Views(self, images, mixup)
 
     def require(self, sample: int, image: Tensor) -> None:
         """Check that this is the image that the teacher saw.
@@ -193,17 +202,28 @@ class ViewStore:
 
 
 class _Views(Dataset[dict[str, Tensor]]):
-    def __init__(self, store: ViewStore, images: Tensor):
-        self.store, self.images = store, images
+    def __init__(self, store: ViewStore, images: Tensor, mixup: float):
+        self.store, self.images, self.mixup = store, images, mixup
 
     def __len__(self) -> int:
         return self.store.epochs * len(self.images)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         epoch, sample = divmod(number, len(self.images))
+        seed, view, values, ids = self._one(epoch, sample)
+        if not self.mixup:
+            return {"inputs": view, "values": values, "ids": ids}
+        draw = np.random.default_rng(rng.derive(seed, "mixup"))
+        share, other = draw.beta(self.mixup, self.mixup), int(draw.integers(len(self.images)))
+        _, second, other_values, other_ids = self._one(epoch, other)
+        mixed = {"inputs": share * view + (1 - share) * second, "share": torch.tensor(share, dtype=torch.float32)}
+        return {**mixed, "values": values, "ids": ids, "other_values": other_values, "other_ids": other_ids}
+
+    def _one(self, epoch: int, sample: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Seed and view of an image, and what the teacher said about it."""
         self.store.require(sample, self.images[sample])
         seed, values, ids = self.store.read(epoch, sample)
-        return {"inputs": self.store.view(self.images[sample], seed), "values": values, "ids": ids}
+        return seed, self.store.view(self.images[sample], seed), values, ids
 
 
 @torch.no_grad()
