@@ -373,7 +373,7 @@ def test_sources_need_adapters_and_the_same_layers():
     with pytest.raises(InputError, match="several adapters"):
         transfer(ScaLearn(), {"fused": fused}, Encoder(), tokens(), **OPTIONS)
     with pytest.raises(InputError, match="has adapters already"):
-        transfer(ScaLearn(), sources(), source(0), tokens(), **OPTIONS)
+        transfer(ScaLearn(), sources(), source(0, classes=3), tokens(), **OPTIONS)
 
 
 def test_a_bottleneck_of_nothing_is_refused():

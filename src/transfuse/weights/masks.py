@@ -58,7 +58,7 @@ def top_fraction(scores: Tensor, sparsity: float) -> Tensor:
 
     Its gradient is handed to the scores as it is (straight through).
     """
-    found: Tensor = _TopFraction.apply(scores, sparsity)  # type: ignore[no-untyped-call]
+    found: Tensor = _TopFraction.apply(scores, sparsity)
     return found
 
 

@@ -61,7 +61,7 @@ class Artisan(PerTask):
         self.layers, self.head, self.experts, self.sparsity = layers, head, experts, sparsity
         self.scores, self.rows, self.heads = Bag(), Bag(), Bag()
         for path in layers:
-            weight = body.get_submodule(path).weight
+            weight = body.get_parameter(f"{path}.weight")
             size = weight.detach().abs()
             noise = NOISE * size.mean() * torch.randn(experts, *weight.shape, device=weight.device)
             self.scores[path.replace(".", "|")] = nn.Parameter(size + noise)
@@ -82,7 +82,7 @@ class Artisan(PerTask):
 
     def mask(self, task: int, path: str) -> Tensor:
         """A language's mask of a layer, in the shape of its weight."""
-        selected: Tensor = _Select.apply(self.rows[key(task, path)])  # type: ignore[no-untyped-call]
+        selected: Tensor = _Select.apply(self.rows[key(task, path)])
         return top_fraction(torch.einsum("k,k...->...", selected, self.score(path)), self.sparsity)
 
     def overrides(self, task: int) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class Artisan(PerTask):
 
 
 class MasterASR(Method):
-    """Train one network for many languages, each with weight masks made from a shared bank of scores; then add languages.
+    """Train one network for many languages, each with weight masks from a shared bank of scores; then add languages.
 
         W_l = W (*) top_(1 - sparsity)(sum_k 1[sigmoid(T_l,k) > 0.5] M_k)          in every chosen layer
         loss = -log p(transcript | audio) (CTC), batches of one language each
@@ -193,11 +193,11 @@ class MasterASR(Method):
         new = range(self._known, len(model.tasks))
         rows = [p for n in new for p in model.of_language(n, model.rows)]
         heads = [p for n in new for p in model.of_language(n, model.heads)]
-        selection = {"params": rows, "lr_scale": self.alpha, "weight_decay": 0.0}
+        selection: dict[str, Any] = {"params": rows, "lr_scale": self.alpha, "weight_decay": 0.0}
         if self._known:
             return Stage(streams, [Phase("new", self.losses, [selection, {"params": heads}])], train=("artisan",))
         weights, scores = [*model.body.parameters()], [*model.scores.parameters()]
-        groups = [{"params": weights}, {"params": scores, "weight_decay": 0.0}, {"params": heads}]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": scores, "weight_decay": 0.0}, {"params": heads}]
         return Stage(
             streams,
             [

@@ -37,7 +37,7 @@ class NeuronSpecialization(Method):
 
     The target is the dense model, trained on all tasks. Rows that a task has not chosen get no gradient from it; fc2,
     attention, embeddings and (unless `mask_bias`) the bias of fc1 are shared by all. Data are named tasks, each with
-    its validation data: `data={"en-de": ..., "en-de/validation": ..., ...}`; without that, the training data are counted.
+    its validation data: `data={"en-de": ..., "en-de/validation": ..., ...}`; without that, training data are counted.
     The deployed model is a :class:`~transfuse.weights.masks.MaskedModel`: `model(inputs, task="en-de")`, or
     `model.of("en-de")`, a plain model; for a task without a mask, `model.union([...])`.
 
@@ -86,8 +86,8 @@ class NeuronSpecialization(Method):
                 raise InputError(f"NeuronSpecialization: percent is {value}, it must be in (0, 100]")
         if not 0 <= label_smoothing < 1 or not temperature > 0:
             raise InputError(
-                f"NeuronSpecialization: label_smoothing is {label_smoothing}, in [0, 1), and temperature {temperature}, "
-                "above 0"
+                f"NeuronSpecialization: label_smoothing is {label_smoothing}, in [0, 1), and temperature "
+                f"{temperature}, above 0"
             )
         self.percent, self.fc1, self.fc2 = percent, fc1, fc2
         self.label_smoothing, self.temperature = label_smoothing, temperature
@@ -103,8 +103,8 @@ class NeuronSpecialization(Method):
             raise InputError(f"{self.fc1!r} names {len(before)} layers and {self.fc2!r} names {len(behind)}: pair them")
         self._pairs = dict(zip(before, behind, strict=True))
         for one, other in self._pairs.items():
-            rows = run["target"].get_submodule(one).weight.shape[0]
-            columns = run["target"].get_submodule(other).weight.shape[1]
+            rows = run["target"].get_parameter(f"{one}.weight").shape[0]
+            columns = run["target"].get_parameter(f"{other}.weight").shape[1]
             if rows != columns:
                 raise InputError(
                     f"{one!r} has {rows} neurons and {other!r} reads {columns}: they do not belong together"
@@ -188,7 +188,7 @@ class NeuronSpecialization(Method):
                 active = features[f"{behind}:input"]
                 if (active < 0).any():
                     raise InputError(
-                        f"the activation before {behind!r} is no ReLU, so its neurons are never exactly 0: none is unused"
+                        f"the activation before {behind!r} is no ReLU, so its neurons are never exactly 0, none unused"
                     )
                 on = (active != 0).flatten(0, -2)[self._real(path, batch, active)]
                 counts[path] = counts.get(path, 0) + on.sum(0)
