@@ -45,7 +45,7 @@ class Recogniser(nn.Module):
         x = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
+        return self.head(self.norm(x))
 
 
 @cache
@@ -151,8 +151,8 @@ PROOF = Study(
         "not speech: lines of 3 to 5 random letters at 14 pixels, read column by column as frames (18 after two "
         "convolutions), so CTC must align them. Four alphabets with 1,500 lines each in place of 51 languages, then "
         "small Greek and small Cyrillic letters with 64 lines each; tested on 150 lines in fonts of other families. "
-        "Two blocks of width 64, trained jointly for 700 updates, then 500 with K = 8, 30 % of the masked weights removed and "
-        "turns of 125 updates, or 500 dense; 150 updates for a new alphabet"
+        "Two blocks of width 64, trained jointly for 700 updates, then 500 with K = 8, 30 % of the masked weights "
+        "removed and turns of 125 updates, or 500 dense; 150 updates for a new alphabet"
     ),
     trial=trial,
     arms=(OURS, HEAD, FULL, SCRATCH),
@@ -160,8 +160,8 @@ PROOF = Study(
     metric="character error rate",
     higher_is_better=False,
     expected=(
-        "lower error on the new alphabets than the output layer alone, with 32 more trainable numbers; on the known ones "
-        "within a point of the dense encoder that trained as long. All weights or scratch: no claim at this size. No "
+        "lower error on the new alphabets than the output layer alone, with 32 more trainable numbers; on the known "
+        "ones within a point of the dense encoder that trained as long. All weights or scratch: no claim at this size. No "
         "setting was tuned"
     ),
     notes="",

@@ -44,7 +44,7 @@ class Reader(nn.Module):
         x = self.inside(x)
         for layer in self.layers:
             x = x + layer["fc2"](layer["act"](layer["fc1"](layer["norm"](x))))  # type: ignore[index, unused-ignore]
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
 
 @cache

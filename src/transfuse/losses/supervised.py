@@ -62,8 +62,6 @@ def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
     return labels.masked_fill(~(confidence > threshold), IGNORE)
 
 
-
-
 def ctc(logits: Tensor, labels: Tensor, frames: Tensor | None = None) -> Tensor:
     """-log of the probability of all alignments of a transcript with the frames (CTC), `(batch,)`.
 
@@ -97,23 +95,6 @@ def ctc(logits: Tensor, labels: Tensor, frames: Tensor | None = None) -> Tensor:
         raise ValueError("a transcript needs more frames than its sample has: leave it out, or keep more frames")
     log_probs = at_least_float32(logits).log_softmax(-1).transpose(0, 1)
     return F.ctc_loss(log_probs, labels.clamp(min=0).long(), frames, lengths, reduction="none")
-
-
-
-
-def pseudo_labels(logits: Tensor, threshold: float) -> Tensor:
-    """The predicted class of every row, :data:`~transfuse.losses.reduction.IGNORE` where its probability is not above
-    the threshold (FixMatch: Sohn et al., NeurIPS 2020, arXiv:2001.07685). No gradient passes.
-
-    Args:
-        logits: as in :func:`cross_entropy`.
-
-    >>> import torch
-    >>> pseudo_labels(torch.tensor([[5.0, 0.0], [0.0, 1.0]]), 0.9)
-    tensor([   0, -100])
-    """
-    confidence, labels = at_least_float32(classes_last(logits.detach())).softmax(-1).max(-1)
-    return labels.masked_fill(~(confidence > threshold), IGNORE)
 
 
 def require_labels(labels: Tensor, shape: Sequence[int]) -> None:
