@@ -161,7 +161,8 @@ PROOF = Study(
     higher_is_better=False,
     expected=(
         "lower error on the new alphabets than the output layer alone, with 32 more trainable numbers; on the known "
-        "ones within a point of the dense encoder that trained as long. All weights or scratch: no claim at this size. No "
+        "ones within a point of the dense encoder that trained as long. All weights or scratch: no claim at "
+        "this size. No "
         "setting was tuned"
     ),
     notes="",
