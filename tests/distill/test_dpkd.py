@@ -145,7 +145,7 @@ def test_sequences_of_equal_models_cost_log_2_and_teach_nothing():
     student = language_model(1)
     method = DPKD(level="sequence", prompt=2)
     run = trainer(method, student, copy.deepcopy(student), ragged_tokens(), task="language-model").run
-    terms = method.losses({"data": line_up(as_data(ragged_tokens(4)).sample(4), "language-model")}, run)
+    terms = method._all({"data": line_up(as_data(ragged_tokens(4)).sample(4), "language-model")}, run)
     assert float(terms["preference"].sum) == pytest.approx(4 * math.log(2), abs=1e-5)
 
 

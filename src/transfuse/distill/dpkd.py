@@ -108,21 +108,22 @@ class DPKD(Distillation):
 
     def stage(self, i: int, run: Run) -> Stage:
         stage = super().stage(i, run)
-        if EXTRA not in run.data:
+        more = {EXTRA: run.data[EXTRA]} if EXTRA in run.data else {}
+        if not more and self.level == "token":
             return stage
-        both = Phase("student", self._both, stage.trained[0].params)
-        return Stage({**stage.streams, EXTRA: run.data[EXTRA]}, [both])
+        return Stage({**stage.streams, **more}, [Phase("student", self._all, stage.trained[0].params)])
 
-    def _both(self, batches: Batches, run: Run) -> Losses:
-        return {**self.losses(batches, run), **self._plain(batches[EXTRA], run)}
+    def _all(self, batches: Batches, run: Run) -> Losses:
+        """The losses of the batch, and those of what else there is: whole sequences, plain text."""
+        terms = self.losses(batches, run)
+        if self.level == "sequence":
+            terms = {**terms, "preference": self._sequences(batches["data"], run)}
+        return {**terms, **self._plain(batches[EXTRA], run)} if EXTRA in batches else terms
 
-    def losses(self, batches: Batches, run: Run) -> Losses:
-        terms, batch = super().losses(batches, run), batches["data"]
-        if self.level == "token":
-            return terms
+    def _sequences(self, batch: Batch, run: Run) -> Term:
         chosen, rejected = (self._log_ratio(role, batch, run) for role in ("source", "target"))
         values = preference(chosen - rejected, beta=self.beta, label_smoothing=self.label_smoothing, shape=self.shape)
-        return {**terms, "preference": self.alpha * Term.of(values)}
+        return self.alpha * Term.of(values)
 
     def _log_ratio(self, writer: str, batch: Batch, run: Run) -> Tensor:
         """log s(y) / t(y) of the answers that a model writes, `(batch,)`."""
