@@ -361,3 +361,11 @@ def test_generated_data_only_says_how_long_an_epoch_is_and_how_many_samples_to_m
 def test_seeds_differ_with_every_part_and_are_the_same_everywhere():
     assert derive(0, "data", 1) == 2247614744653750975
     assert len({derive(0, "data", 1), derive(1, "data", 1), derive(0, "more", 1), derive(0, "data", 2)}) == 4
+
+
+def test_a_subset_of_data_without_labels_has_none():
+    data = as_data((torch.randn(6, 2), torch.arange(6)))
+    bare = data.without_labels()
+    assert bare.fetch(torch.tensor([1])).labels is None
+    assert bare.subset(torch.tensor([1, 2])).fetch(torch.tensor([0])).labels is None
+    assert data.subset(torch.tensor([1, 2])).fetch(torch.tensor([0])).labels.tolist() == [1]

@@ -171,8 +171,7 @@ class Indexed(Data):
         bare = copy.copy(self)
         if bare.tensors is not None:
             bare.tensors = Batch(bare.tensors).without_labels()
-        else:
-            bare.adapt = partial(_bare, bare.adapt)
+        bare.adapt = partial(_bare, bare.adapt)  # a subset reads the data set itself again
         return bare
 
     def shuffled_labels(self, seed: int) -> Indexed:
