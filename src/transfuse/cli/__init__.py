@@ -7,6 +7,8 @@ progress and errors to stderr; under several processes only the first one speaks
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import warnings
@@ -20,6 +22,9 @@ from typer.core import TyperGroup
 
 from transfuse.cli.console import err, out, say
 from transfuse.core.errors import InputError, TransferError
+
+# What is left when the process ends is not worth a last search for garbage, which takes half a second with torch.
+atexit.register(gc.freeze)
 
 
 class Commands(TyperGroup):
@@ -320,7 +325,7 @@ def merge(
     if dry_run:
         plan = found.plan(force)
         if as_json:
-            say(out, json.dumps({"ok": True, "bytes": plan.bytes, "memory": plan.memory, **plan.ledger.as_json()}))
+            say(out, json.dumps({"ok": True, "bytes": plan.bytes, "memory": plan.memory(), **plan.ledger.as_json()}))
         else:
             out.print(ledger(plan.ledger))
             say(out, f"This merge fits: {plan.bytes / 2**30:.2f} GB to write. Next: transfuse merge {recipe}")

@@ -86,7 +86,7 @@ class Entry:
 @cache
 def entries() -> tuple[Entry, ...]:
     """Every method that has a card, by family and name."""
-    found = [entry for family in FAMILIES for path in sorted((PACKAGE / family).glob("*.py")) for entry in _read(path)]
+    found = [entry for path in _files() for entry in _read(path)]
     return tuple(sorted(found, key=lambda e: (FAMILIES.index(e.family), e.name.lower())))
 
 
@@ -102,9 +102,11 @@ def find(name: str) -> Entry:
     Raises:
         InputError: there is none; the nearest names are given.
     """
-    for entry in entries():
-        if entry.name.lower() == name.lower().replace("-", "").replace("_", ""):
-            return entry
+    wanted = name.lower().replace("-", "").replace("_", "")
+    for files in ([path for path in _files() if path.stem.replace("_", "") == wanted], _files()):
+        for entry in (entry for path in files for entry in _read(path)):
+            if entry.name.lower() == wanted:
+                return entry
     raise InputError(f"no method is called {name!r}: {nearest(name, (e.name for e in entries()))}")
 
 
@@ -177,9 +179,16 @@ def working_with(gives: Iterable[str]) -> list[str]:
     return [e.name for e in entries() if not e.card.control and e.family != "measure" and gives & set(e.card.sources)]
 
 
+def _files() -> list[Path]:
+    return [path for family in FAMILIES for path in sorted((PACKAGE / family).glob("*.py"))]
+
+
+@cache
 def _read(path: Path) -> list[Entry]:
-    found = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    text, found = path.read_text(encoding="utf-8"), []
+    if "card = Card(" not in text:  # parsing is what takes time
+        return []
+    for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and (card := _card(node)):
             doc = ast.get_docstring(node) or ""
             module = f"transfuse.{path.parent.name}.{path.stem}"

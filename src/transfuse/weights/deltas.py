@@ -16,6 +16,8 @@ from transfuse.weights.base import Merge, weights_of
 
 PIECE = 2**17
 """Entries whose signs are compared at once, as many as stay in a processor's cache."""
+LEAST = torch.finfo(torch.float32).tiny
+"""What a sum of nothing, 0, is divided by."""
 
 
 class TaskVectorMerge(Merge):
@@ -96,14 +98,16 @@ def elected(
             share = _sum(
                 [part.sign_().mul_(w) if w != 1 else part.sign_() for part, w in zip(agreeing, weights, strict=True)]
             )
-            total.div_(share.masked_fill_(share == 0, 1))
+            total.div_(share.clamp_(min=LEAST) if min(weights) > 0 else share.masked_fill_(share == 0, 1))
         flats[0][start : start + PIECE] = total
     return deltas[0]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
+    if len(parts) == 1:
+        return parts[0].clone()
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
         total.add_(part)
     return total
 

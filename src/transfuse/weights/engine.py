@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 PIECE = 2**18
 """Entries that an elementwise method works on at once: as many as stay in a processor's cache."""
+BESIDE = 2**27
+"""Bytes for smaller tensors while a thread is busy with the largest."""
 SHARD_SIZE = 5 * 2**30
 """Bytes of an output file at most, as Hugging Face has them."""
 WORKERS = 2
@@ -184,11 +186,16 @@ class Plan:
         """Of all merged tensors."""
         return sum(spec.bytes for spec in self.specs.values())
 
-    @cached_property
-    def memory(self) -> int:
-        """Bytes beside the mapped files: every model's, the base's and the merged copy of the largest tensor."""
+    def memory(self, workers: int = WORKERS) -> int:
+        """Bytes beside the mapped files: every model's, the base's and the merged copy of the largest tensor.
+
+        Of a piece of it for every worker, where a method needs no more at once.
+        """
+        copies = 4 * (len(self.models) + 2)
+        if self.method.elementwise:
+            return copies * workers * PIECE
         largest = max((torch.Size(spec.shape).numel() for spec in self.specs.values()), default=0)
-        return (len(self.models) + 2) * 4 * (PIECE if self.method.elementwise else largest)
+        return copies * largest + (BESIDE if workers > 1 else 0)
 
     def pieces(self, key: str) -> Iterator[Tensor]:
         """The merged tensor of a name, flat, in order, in one piece or several, in its type.
@@ -224,7 +231,7 @@ class Plan:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         """Hand the pieces of every tensor to `take`, several tensors at a time but never more than memory allows."""
-        budget, done, lock = _Budget(self.memory), 0, threading.Lock()
+        budget, done, lock = _Budget(self.memory(workers)), 0, threading.Lock()
         total = sum(spec.bytes for spec in keys.values())
 
         def one(key: str) -> None:

@@ -247,7 +247,7 @@ def _estimate(plan: Plan, shards: Mapping[str, Any], workers: int) -> str:
     seconds = (time.perf_counter() - began) * sum(torch.Size(s.shape).numel() for s in plan.specs.values()) / entries
     return (
         f"{plan.method!r} of {len(plan.models)} models: {plan.bytes / 2**30:.2f} GB in {len(shards)} file(s), about "
-        f"{plan.memory / 2**20:.0f} MB of memory, {seconds / workers:.0f} s of computing"
+        f"{plan.memory(workers) / 2**20:.0f} MB of memory, {seconds / workers:.0f} s of computing"
     )
 
 

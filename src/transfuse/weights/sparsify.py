@@ -76,9 +76,14 @@ def least_kept(flat: Tensor, count: int) -> float:
             break
         low, high = 0.0, float("inf")  # the sample was not like the rest
     least = np.partition(between, len(between) - left)[len(between) - left]
-    surplus = int(np.count_nonzero(between >= least)) - left
-    if surplus and least > 0:
-        flat[(flat.abs() == float(least)).nonzero()[-surplus:, 0]] = 0
+    surplus = int(np.count_nonzero(between >= least)) - left if least > 0 else 0
+    for start in reversed(range(0, entries, PIECE)):
+        if not surplus:
+            break
+        part = values[start : start + PIECE]
+        equal = np.flatnonzero(np.abs(part) == least)[-surplus:]
+        part[equal] = 0
+        surplus -= len(equal)
     return float(least)
 
 
