@@ -123,6 +123,7 @@ def whole(command: Callable[[Path, Path], list[str]], file: Path) -> Callable[[]
     def seconds() -> float:
         out = file.parent / "out"
         shutil.rmtree(out, ignore_errors=True)
+        os.sync()  # what was written before is nobody's to wait for
         began = time.perf_counter()
         subprocess.run(command(file, out), check=True, capture_output=True)
         return time.perf_counter() - began
@@ -135,6 +136,7 @@ def merged(paths: list[Path], folder: Path) -> Callable[[], float]:
 
     def seconds() -> float:
         shutil.rmtree(folder / "out", ignore_errors=True)
+        os.sync()
         began = time.perf_counter()
         merge(Linear(), paths, out=folder / "out")
         return time.perf_counter() - began
@@ -146,6 +148,7 @@ def copied(folder: Path) -> Callable[[], float]:
     """Seconds of copying what was merged, to the disk as well."""
 
     def seconds() -> float:
+        os.sync()
         began = time.perf_counter()
         shutil.copyfile(folder / "out" / "model.safetensors", folder / "copy")
         file = os.open(folder / "copy", os.O_RDWR)
