@@ -128,7 +128,7 @@ class Then(Several):
         return self.methods[int(self.position)]
 
     @property
-    def continues(self) -> bool:
+    def taught_in_turns(self) -> bool:
         return int(self.position) + 1 < len(self.methods)
 
     def setup(self, run: Run, sample: Batch | None) -> None:

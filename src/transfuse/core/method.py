@@ -103,8 +103,8 @@ class Method(nn.Module):
         return [self]
 
     @property
-    def continues(self) -> bool:
-        """Whether other methods follow the stage at hand, and may teach what it leaves alone."""
+    def taught_in_turns(self) -> bool:
+        """Whether what has no gradient now may have one later, from a method that follows or in a turn of its own."""
         return False
 
     def weighted(self, weight: Weight) -> Method:

@@ -314,7 +314,7 @@ class Trainer:
             given = {p: p.grad for p in phase.params if p.grad is not None}
             for p, gradient in (phase.edit(given, self.run) or given).items():
                 p.grad = gradient
-        if step < FIRST and not self.method.continues:
+        if step < FIRST and not self.method.taught_in_turns:
             self.watch.untaught(phase, self._names, update.terms, step)
         if self.training.clip:
             # Networks that learn side by side have losses of their own: one must not shorten the other's gradient.

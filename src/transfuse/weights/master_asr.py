@@ -161,8 +161,8 @@ class MasterASR(Method):
         self.alpha, self.beta, self.gamma, self.loss = alpha, beta, gamma, loss
 
     @property
-    def continues(self) -> bool:
-        """Parameters rest for a time by design, so that they are no finding of the watch."""
+    def taught_in_turns(self) -> bool:
+        """Weights and scores rest by turns, and T in most updates."""
         return True
 
     def setup(self, run: Run, sample: Batch | None) -> None:
