@@ -49,8 +49,8 @@ PROOF = Study(
         "sources of shuffled labels it stays within 1 point of the own adapter, and attends more to it."
     ),
     notes=(
-        "A first run with an encoder, adapters and fusions trained for a third to a tenth as long said nothing, for all arms were "
-        "near chance (12.5 %). The budgets are longer since, and learning rates were chosen on validation windows with "
-        "another seed."
+        "A first run, with an encoder, adapters and fusions trained for a third to a tenth as long, said nothing, for "
+        "all arms were near chance (12.5 %). The budgets are longer since, and learning rates were chosen on "
+        "validation windows with another seed."
     ),
 )

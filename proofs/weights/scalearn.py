@@ -58,8 +58,8 @@ PROOF = Study(
         "beat the uniform average; one number per source (uniform and shared) is within 2 points of ScaLearn."
     ),
     notes=(
-        "A first run with an encoder, adapters and fusions trained for a third to a tenth as long said nothing, for all arms were "
-        "near chance (12.5 %). The budgets are longer since, and learning rates were chosen on validation windows with "
-        "another seed."
+        "A first run, with an encoder, adapters and fusions trained for a third to a tenth as long, said nothing, for "
+        "all arms were near chance (12.5 %). The budgets are longer since, and learning rates were chosen on "
+        "validation windows with another seed."
     ),
 )
