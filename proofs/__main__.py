@@ -17,11 +17,9 @@ from proofs import table as drawing
 from proofs.evidence import INDEX, gather
 from proofs.proof import find, names
 from proofs.result import ProofResult
-from proofs.runner import RESULTS
-from proofs.runner import run as run_proof
+from proofs.runner import RESULTS, record
 from transfuse.core.errors import TransferError
 from transfuse.core.files import write_atomically
-from transfuse.report.numbers import signed
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Name = Annotated[str, typer.Argument(help="a proof, see `list`")]
@@ -41,19 +39,12 @@ def run(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if smoke else RESULTS
         if name is not None:
-            typer.echo(_result(name, smoke, out or folder / f"{name}.json"))
+            typer.echo(record(name, smoke, out or folder / f"{name}.json"))
             return
         # Smoke runs share the cores; those whose times and numbers are kept have the machine for themselves.
         with ProcessPoolExecutor(os.cpu_count() if smoke else 1, multiprocessing.get_context("spawn")) as pool:
-            for line in pool.map(_result, names(), repeat(smoke), (folder / f"{each}.json" for each in names())):
+            for line in pool.map(record, names(), repeat(smoke), (folder / f"{each}.json" for each in names())):
                 typer.echo(line)
-
-
-def _result(name: str, smoke: bool, file: Path) -> str:
-    """Run a proof, write its result, and say it in a line."""
-    result = run_proof(find(name), smoke)
-    result.write(file)
-    return f"{name}: {result.verdict}, {signed(result.gain.mean)} over {result.baseline}"
 
 
 @app.command("list")

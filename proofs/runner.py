@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from proofs.proof import HERE, Proof, Trained
+from proofs.proof import HERE, Proof, Trained, find
 from proofs.result import Gain, ProofResult, Run
 from proofs.study import Study
 from transfuse import measure, transfer
@@ -29,6 +29,7 @@ from transfuse.datasets import Splits
 from transfuse.distill import Labels
 from transfuse.evaluation import HIGHER_IS_BETTER
 from transfuse.measure import Interval
+from transfuse.report.numbers import signed
 
 RESULTS = HERE / "results"
 SMOKE_STEPS, SMOKE_SAMPLES = 4, 128
@@ -41,6 +42,13 @@ def run(proof: Proof | Study, smoke: bool = False) -> ProofResult:
         smoke: a few updates, one seed and a few test samples: shows that the machinery works, and nothing else.
     """
     return _run_study(proof, smoke) if isinstance(proof, Study) else _run_proof(proof, smoke)
+
+
+def record(name: str, smoke: bool, file: Path) -> str:
+    """Run a proof by its name, write its result, and say it in a line."""
+    result = run(find(name), smoke)
+    result.write(file)
+    return f"{name}: {result.verdict}, {signed(result.gain.mean)} over {result.baseline}"
 
 
 def _run_proof(proof: Proof, smoke: bool) -> ProofResult:
