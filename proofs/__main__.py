@@ -43,7 +43,8 @@ def run(
             return
         # Smoke runs share the cores; those whose times and numbers are kept have the machine for themselves.
         with ProcessPoolExecutor(os.cpu_count() if smoke else 1, multiprocessing.get_context("spawn")) as pool:
-            for line in pool.map(record, names(), repeat(smoke), (folder / f"{each}.json" for each in names())):
+            found = names()
+            for line in pool.map(record, found, repeat(smoke), [folder / f"{each}.json" for each in found]):
                 typer.echo(line)
 
 

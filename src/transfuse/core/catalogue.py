@@ -103,7 +103,8 @@ def find(name: str) -> Entry:
         InputError: there is none; the nearest names are given.
     """
     wanted = name.lower().replace("-", "").replace("_", "")
-    for files in ([path for path in _files() if path.stem.replace("_", "") == wanted], _files()):
+    every = _files()
+    for files in ([path for path in every if path.stem.replace("_", "") == wanted], every):  # the likely one first
         for entry in (entry for path in files for entry in _read(path)):
             if entry.name.lower() == wanted:
                 return entry

@@ -106,6 +106,23 @@ def overlap(masks: Tensor) -> Tensor:
     return (both / (sizes[:, None] + sizes - both).clamp(min=1)).float()
 
 
+def shared(title: str, what: str, tasks: Sequence[str], layers: Sequence[Tensor]) -> dict[str, Any]:
+    """A panel of how much tasks share.
+
+    Args:
+        what: the masks choose, for its note.
+        layers: the masks of every layer, `(tasks, ...)` boolean each.
+    """
+    return {
+        "kind": "matrix",
+        "title": title,
+        "note": f"Intersection over union of {what}, averaged over layers.",
+        "rows": list(tasks),
+        "columns": list(tasks),
+        "values": torch.stack([overlap(masks) for masks in layers]).mean(0).cpu().tolist(),
+    }
+
+
 def packed(mask: Tensor) -> Tensor:
     """A boolean mask as bits, eight in a byte, `(ceil(size / 8),)`."""
     bits = mask.flatten().to(torch.uint8)

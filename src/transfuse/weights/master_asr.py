@@ -20,7 +20,7 @@ from transfuse.core.phases import Batches, Gradients, Losses, Phase, Stage
 from transfuse.core.run import Run
 from transfuse.core.taps import resolve
 from transfuse.losses import Term, ctc
-from transfuse.weights.masks import PerTask, TaskBatches, key, overlap, task_pools, top_fraction
+from transfuse.weights.masks import PerTask, TaskBatches, key, shared, task_pools, top_fraction
 
 NOISE, SPREAD = 0.1, 0.1
 
@@ -232,19 +232,12 @@ class MasterASR(Method):
             return []
         numbers = range(len(model.tasks))
         with torch.no_grad():
-            same = torch.stack([overlap(torch.stack([model.mask(n, p) > 0 for n in numbers])) for p in model.layers])
+            masks = [torch.stack([model.mask(n, p) > 0 for n in numbers]) for p in model.layers]
             chosen = torch.stack(
                 [torch.stack([model.rows[key(n, p)].sigmoid() for p in model.layers]) for n in numbers]
             )
         return [
-            {
-                "kind": "matrix",
-                "title": "Weights that languages share",
-                "note": "Intersection over union of masks, averaged over layers.",
-                "rows": model.tasks,
-                "columns": model.tasks,
-                "values": same.mean(0).cpu().tolist(),
-            },
+            shared("Weights that languages share", "masks", model.tasks, masks),
             {
                 "kind": "matrix",
                 "title": "How likely each language selects each score",

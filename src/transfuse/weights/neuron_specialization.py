@@ -21,7 +21,7 @@ from transfuse.core.streams import Data
 from transfuse.core.taps import resolve
 from transfuse.losses import IGNORE, Term, cross_entropy
 from transfuse.weights.base import Setting, settled
-from transfuse.weights.masks import MaskedModel, TaskBatches, key, masked, overlap, smallest_prefix, task_pools
+from transfuse.weights.masks import MaskedModel, TaskBatches, key, masked, shared, smallest_prefix, task_pools
 
 HELD = "/validation"
 FEWEST = 200
@@ -156,16 +156,8 @@ class NeuronSpecialization(Method):
             return []
         tasks, layers = list(self._tasks), list(self._pairs)
         stacked = [torch.stack([self.chosen[key(t, path)] for t in range(len(tasks))]).cpu() for path in layers]
-        same = torch.stack([overlap(masks) for masks in stacked]).mean(0)
         return [
-            {
-                "kind": "matrix",
-                "title": "Neurons that tasks share",
-                "note": "Intersection over union of the chosen neurons, averaged over layers.",
-                "rows": tasks,
-                "columns": tasks,
-                "values": same.tolist(),
-            },
+            shared("Neurons that tasks share", "the chosen neurons", tasks, stacked),
             {
                 "kind": "matrix",
                 "title": "Neurons that each task has",
