@@ -16,6 +16,7 @@ from transfuse.core import rng
 from transfuse.core.streams import as_data
 from transfuse.datasets.glyphs import SCRIPTS, draw
 from transfuse.distill import Labels
+from transfuse.measure import spearman
 from transfuse.weights import NeuronSpecialization
 from transfuse.weights.masks import MaskedModel, TaskBatches, overlap
 
@@ -77,8 +78,7 @@ def likeness() -> Tensor:
 def rank_correlation(one: Tensor, other: Tensor) -> float:
     """Spearman's, over pairs of alphabets."""
     above = torch.ones(len(TASKS), len(TASKS)).triu(1).bool()
-    ranks = torch.stack([m[above].argsort().argsort().double() for m in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    return spearman(one[above], other[above])
 
 
 def scores(models: Mapping[str, nn.Module], part: str) -> dict[str, float]:

@@ -11,8 +11,9 @@ Families are folders: `transfuse.distill`, ... Names below are imported when the
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from transfuse.core.lazy import lazily
 
 if TYPE_CHECKING:
     from transfuse.core.clock import Constant, Cosine, Linear, Warmup
@@ -50,12 +51,4 @@ __all__ = [
     "transfer",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'transfuse' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

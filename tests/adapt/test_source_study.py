@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from transfuse.adapt import KTF, SourceStudy, source_study
-from transfuse.adapt.source_study import Outcome, spearman
+from transfuse.adapt.source_study import Outcome
 from transfuse.core.errors import InputError
 from transfuse.datasets import noise, permuted_classes
 from transfuse.losses import IGNORE
+from transfuse.measure import spearman
 from transfuse.models import SphereClassifier
 
 WIDTH, CLASSES = 8, 3

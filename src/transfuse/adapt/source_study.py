@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transfuse.adapt.ktf import KTF
 from transfuse.core import rng
@@ -22,6 +22,7 @@ from transfuse.core.streams import Indexed, as_data
 from transfuse.core.sync import Sync
 from transfuse.core.trainer import Trainer
 from transfuse.core.training import Training
+from transfuse.measure import spearman
 
 CHUNK = 1024
 
@@ -144,17 +145,6 @@ def source_study(
         only = without[-1].accuracy
         outcomes += [trained(method, source, seed, only) for source in sources for method in methods]
     return SourceStudy(outcomes, without)
-
-
-def spearman(one: Tensor, other: Tensor) -> float:
-    """Correlation of ranks, `(values,)` each; equal values share their mean rank. NaN where one side is constant."""
-    ranks = torch.stack([_ranks(one), _ranks(other)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    below, equal = (values[None] < values[:, None]).sum(1), (values[None] == values[:, None]).sum(1)
-    return below + (equal - 1) / 2
 
 
 def _of_seed(value: Any, seed: int) -> Any:

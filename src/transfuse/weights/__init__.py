@@ -5,8 +5,9 @@ Read :mod:`transfuse.weights.base` first. Merges of files: :mod:`transfuse.weigh
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from transfuse.core.lazy import lazily
 
 if TYPE_CHECKING:
     from transfuse.weights.adamerging import AdaMerging
@@ -140,8 +141,4 @@ __all__ = [
     "merge",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'transfuse.weights' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"transfuse.weights.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazily(__name__, {name: f"{__name__}.{home}" for name, home in _HOMES.items()})

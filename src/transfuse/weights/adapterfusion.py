@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch
+from transfuse.core.batch import Batch, padding_mask
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError
 from transfuse.core.outputs import call
@@ -135,12 +135,12 @@ class AdapterFusion(Combining):
 @torch.no_grad()
 def attention_of(model: nn.Module, inputs: Any) -> Tensor:
     """The attention over adapters in a fused model, averaged over tokens that are no padding, `(layers, adapters)`."""
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask = padding_mask(Batch(inputs=inputs))
     with _listening(model) as found:
         call(model, inputs)
     rows = []
     for attention in found:
-        real = mask.bool() if mask is not None and mask.shape == attention.shape[1:] else ...
+        real = mask if mask is not None and mask.shape == attention.shape[1:] else ...
         rows.append(attention[:, real].flatten(1).mean(1))
     return torch.stack(rows)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from transfuse.core.batch import Batch, line_up
+from transfuse.core.batch import Batch, line_up, padding_mask
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError
 from transfuse.core.method import Bag, Method
@@ -215,8 +215,8 @@ class GraftLLM(Method):
         for batch in batches:
             tap = f"{path}:input"
             x = run("target", batch, grad=False, params=composed, until=tap).features[tap]
-            mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-            x = x.flatten(0, -2) if mask is None or mask.shape != x.shape[:2] else x[mask.bool()]
+            mask = padding_mask(batch)
+            x = x.flatten(0, -2) if mask is None or mask.shape != x.shape[:2] else x[mask]
             total = total + x.float().mT @ x.float()
         assert isinstance(total, Tensor)
         return total

@@ -32,13 +32,14 @@ class Scaling(nn.Module):
     @property
     def coefficients(self) -> Tensor:
         """w, `(adapters, dim)`."""
-        weight = self.weight.softmax(0) if self.softmax else self.weight
-        return weight.expand(-1, self.dim)
+        return self._scales().expand(-1, self.dim)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        weight = self.weight.softmax(0) if self.softmax else self.weight
-        weight = F.dropout(weight, self.dropout, self.training)
+        weight = F.dropout(self._scales(), self.dropout, self.training)
         return (weight.view(len(weight), *(1,) * (z.dim() - 2), -1) * z).sum(0)
+
+    def _scales(self) -> Tensor:
+        return self.weight.softmax(0) if self.softmax else self.weight
 
 
 class ScaLearn(Combining):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transfuse.core import rng
-from transfuse.core.batch import Batch, token_ids
+from transfuse.core.batch import Batch, real_tokens, token_ids
 from transfuse.core.card import Card
 from transfuse.core.errors import InputError, LayerError
 from transfuse.core.labels import labels_term
@@ -213,9 +212,7 @@ def mapping_rows(mapping: TokenMapping) -> Any:
 
 def real_ids(batch: Batch) -> Tensor:
     """The token ids of a batch, -1 at padding."""
-    ids = token_ids(batch)
-    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
-    return ids if mask is None else ids.masked_fill(~mask.bool(), -1)
+    return token_ids(batch).masked_fill(~real_tokens(batch), -1)
 
 
 def _tables(model: torch.nn.Module) -> list[torch.nn.Parameter]:
