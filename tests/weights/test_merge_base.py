@@ -6,7 +6,7 @@ from helpers import CNN, images
 
 from transfuse import transfer
 from transfuse.core.errors import InputError
-from transfuse.weights import Linear
+from transfuse.weights import Linear, TaskArithmetic
 from transfuse.weights.base import settled
 from transfuse.weights.checkpoint import InMemory
 from transfuse.weights.engine import depths_of
@@ -42,3 +42,22 @@ def test_the_average_of_models_in_memory_by_hand():
         assert torch.allclose(value, 0.75 * a + 0.25 * b, atol=1e-7)
     assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
     assert type(merged) is CNN
+
+
+def test_the_report_says_how_much_of_each_model_is_in_the_merge():
+    target = CNN()
+    models = [copy.deepcopy(target) for _ in range(3)]
+    with torch.no_grad():
+        for model, factor in zip(models, (1.0, 1.0, -2.0), strict=True):
+            for name, p in model.named_parameters():
+                draw = torch.Generator().manual_seed(len(name))
+                p.add_(factor * torch.randn(p.shape, generator=draw))
+
+    def shares(weight: list[float]) -> list[float]:
+        report = transfer(TaskArithmetic(weight), models, target, test=images()).report
+        (panel,) = [p for p in report.panels if p.title == "What of each model is in the merge"]
+        return panel.values[0]
+
+    assert shares([1.0, 0.0, 0.0]) == pytest.approx([1.0, 1.0, -0.5], abs=1e-4)
+    assert shares([1.0, 1.0, 1.0]) == pytest.approx([0.0, 0.0, 0.0], abs=1e-4)  # they cancel
+    assert shares([0.5, 1.0, 0.0]) == pytest.approx([1.5, 1.5, -0.75], abs=1e-4)

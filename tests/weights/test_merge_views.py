@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transfuse.weights import Linear, TaskArithmetic, merge
 from transfuse.weights.checkpoint import InMemory
 from transfuse.weights.lora import Adapter, WithAdapter, extract_lora, low_rank, merge_adapters
 from transfuse.weights.stack import Stacked
+from transfuse.weights.tokenizer_files import cut, renumbered
 from transfuse.weights.vocabulary import align
 
 TOKENS = [b"<s>", b"a", b"b", b"c", b"ab", "ä".encode(), b"\xff", b"cab", b"ba", b"bb", b"cc"]
@@ -124,8 +126,74 @@ def test_a_union_is_written_with_a_tokenizer_that_knows_the_new_tokens(tmp_path)
     model = type(small).from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == 6
     assert torch.allclose(model.get_input_embeddings().weight[5], large.get_input_embeddings().weight[5])
-    with pytest.raises(InputError, match="cannot lose tokens"):
-        merge(Linear(), [tmp_path / "b", tmp_path / "a"], out=tmp_path / "x", vocabulary="intersection", force=True)
+
+
+def byte_pairs(words: list[str], folder: Path) -> Any:
+    """A byte-level tokenizer that begins texts with <s>, with a merge for every way to put a word together."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *words]
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [(w[:-1], w[-1]) for w in words]))
+    made.add_special_tokens([AddedToken("<s>", special=True)])
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    made.save(str(folder / "tokenizer.json"))
+    return made
+
+
+def test_an_intersection_is_written_with_a_tokenizer_of_what_is_left(tmp_path):
+    from tokenizers import Tokenizer
+
+    rows = {}
+    for name, words in (("a", ["th", "the", "in", "ing"]), ("b", ["in", "th", "tha"])):
+        model = llama(vocab_size=256 + len(words) + 1, bos_token_id=256 + len(words), eos_token_id=5, pad_token_id=None)
+        model.save_pretrained(tmp_path / name)
+        made = byte_pairs(words, tmp_path / name)
+        (tmp_path / name / "vocab.json").write_text("{}")
+        rows[name] = {t: model.get_input_embeddings().weight[i] for t, i in made.get_vocab().items()}
+    paths, out = [tmp_path / "a", tmp_path / "b"], tmp_path / "out"
+    merge(Linear(), paths, out=out, vocabulary="intersection", force=True)
+    written, own = (
+        Tokenizer.from_file(str(out / "tokenizer.json")),
+        Tokenizer.from_file(str(paths[0] / "tokenizer.json")),
+    )
+    assert own.encode("nothing").tokens == ["<s>", "n", "o", "th", "ing"]
+    found = written.encode("nothing the ü")
+    assert found.tokens[:6] == ["<s>", "n", "o", "th", "in", "g"] and written.decode(found.ids) == "nothing the ü"
+    assert written.get_vocab_size() == 256 + 3 and sorted(written.get_vocab().values()) == list(range(259))
+    model = type(model).from_pretrained(out)
+    assert model.config.vocab_size == 259 and model.config.bos_token_id == written.token_to_id("<s>") == found.ids[0]
+    assert model.generation_config.bos_token_id == 258
+    for token, i in written.get_vocab().items():
+        mean = (rows["a"][token] + rows["b"][token]) / 2
+        assert torch.allclose(model.get_input_embeddings().weight[i], mean, atol=1e-6)
+    assert not (out / "vocab.json").exists()
+
+
+def test_tokens_that_a_tokenizer_cannot_do_without_must_not_be_lost(tmp_path):
+    for name, tokens in (("a", ["<unk>", "a", "b"]), ("b", ["a", "b", "c"])):
+        llama(vocab_size=3, bos_token_id=None, eos_token_id=None, pad_token_id=None).save_pretrained(tmp_path / name)
+        tokenizer(tokens, tmp_path / name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(VocabularyError, match="'<unk>' of the reference's tokenizer is not in every model"):
+        merge(Linear(), paths, out=tmp_path / "x", vocabulary="intersection", force=True)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+    with pytest.raises(VocabularyError, match="eos_token_id 7 in config.json"):
+        renumbered({"eos_token_id": [1, 7]}, [0, 1], "config.json")
+    assert renumbered({"pad_token_id": 2, "x": 1}, [0, 2], "c") == {"pad_token_id": 1, "x": 1}
+    decoder = {"added_tokens_decoder": {"2": {"content": "</s>"}, "1": {"content": "gone"}}}
+    assert renumbered(decoder, [0, 2], "c") == {"added_tokens_decoder": {"1": {"content": "</s>"}}}
+
+
+def test_pieces_with_scores_are_cut_by_their_places():
+    model = {"type": "Unigram", "unk_id": 1, "vocab": [["x", -1.0], ["<unk>", 0.0], ["y", -2.0]]}
+    found = cut({"model": model, "added_tokens": [{"id": 3, "content": "<e>"}]}, [1, 2, 3])
+    assert found["model"] == {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["y", -2.0]]}
+    assert found["added_tokens"] == [{"id": 2, "content": "<e>"}]
+    with pytest.raises(VocabularyError, match="unknown token"):
+        cut({"model": model}, [0, 2])
 
 
 # Layers
@@ -230,6 +298,31 @@ def test_what_a_model_has_learned_is_extracted_into_an_adapter_that_peft_loads(t
     assert lost[""] == pytest.approx(float(values[1:].norm() / values.norm()), rel=1e-3)
     with pytest.raises(InputError, match="differ in no matrix"):
         extract_lora(InMemory(base, "base"), InMemory(llama(), "same"), 1, tmp_path / "none")
+
+
+def test_a_merge_is_written_as_an_adapter_of_its_base(tmp_path):
+    from peft import PeftModel
+
+    base, tuned, tokens = llama(), [llama(), llama()], torch.tensor([[1, 2, 3]])
+    for seed, model in enumerate(tuned):
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.add_(0.1 * torch.randn(layer.mlp.up_proj.weight.shape, generator=draw))
+    whole = merge(TaskArithmetic(), tuned, base)
+    found = merge(TaskArithmetic(), tuned, base, tmp_path / "lora", lora=16)
+    assert found.folder == tmp_path / "lora" and found.lost[""] < 1e-5
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").merge_and_unload()
+    assert torch.allclose(loaded(tokens).logits, whole.model(tokens).logits, atol=1e-4)
+    narrow = merge(TaskArithmetic(), tuned, base, tmp_path / "one", lora=1)
+    assert 0.5 < narrow.lost[""] < 1
+    with pytest.raises(InputError, match="is not empty"):
+        merge(TaskArithmetic(), tuned, base, tmp_path / "one", lora=1)
+    with pytest.raises(InputError, match="says what changes in a base"):
+        merge(Linear(), tuned, out=tmp_path / "x", lora=1)
+    with pytest.raises(InputError, match="leave out vocabulary and dtype"):
+        merge(TaskArithmetic(), tuned, base, tmp_path / "x", lora=1, dtype="bfloat16")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_randomised_svd_is_nearly_the_exact_one(monkeypatch):

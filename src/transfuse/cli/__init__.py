@@ -313,8 +313,10 @@ def merge(
         base: models/base\n
         models: [models/a, models/b]
 
-    Recipes of mergekit's are read as they are. Models are folders of safetensors; every tensor is matched by its name
-    and shape first, and what does not fit is listed. Next: load the folder with `from_pretrained`; see its README.md.
+    With `lora: 16` what the merge changes in the base is written as an adapter of that rank; models may have adapters,
+    too: {model: models/base, adapter: models/lora}. Recipes of mergekit's are read as they are. Models are folders of
+    safetensors; every tensor is matched by its name and shape first, and what does not fit is listed. Next: load the
+    folder with `from_pretrained`; see its README.md.
     """
     from transfuse.cli.tables import ledger
     from transfuse.recipe.merging import MergeRecipe
@@ -333,10 +335,13 @@ def merge(
     with _bytes_done(not quiet) as progress:
         merged = found.run(folder, resume, force, None if quiet else lambda text: say(err, text), progress)
     if as_json:
-        say(out, json.dumps({"folder": str(merged.folder), **merged.ledger.as_json()}))
+        say(out, json.dumps({"folder": str(merged.folder), "lost": merged.lost, **merged.ledger.as_json()}))
     elif not quiet:
         out.print(ledger(merged.ledger))
-        say(out, f"Model: {merged.folder}")
+        if merged.lost is None:
+            say(out, f"Model: {merged.folder}")
+        else:
+            say(out, f"Adapter: {merged.folder}; {merged.lost['']:.1%} of the change is not in it. Load it with PEFT.")
 
 
 @app.command()

@@ -63,6 +63,7 @@ class MergeSpec(Part):
     slices: list[list[RangeSpec]] = Field(default_factory=list)
     dtype: str | None = None
     vocabulary: Literal["base", "union", "intersection"] | None = None
+    lora: int | None = Field(default=None, ge=1)
     force: bool = False
     out: str | None = None
 
@@ -163,6 +164,7 @@ class MergeRecipe:
             target,
             dtype=self.spec.dtype,
             vocabulary=self.spec.vocabulary,
+            lora=self.spec.lora,
             resume=resume,
             force=force or self.spec.force,
             say=say,

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import InputError
 from transfuse.core.method import Method
 from transfuse.weights.checkpoint import Checkpoint, InMemory
-from transfuse.weights.ledger import RELATED
+from transfuse.weights.ledger import RELATED, survival
 
 if TYPE_CHECKING:
     from transfuse.core.batch import Batch
@@ -65,7 +66,7 @@ class Merge(Method):
         Args:
             depth: where in the network it is, from 0 (the first layer, and what is in none) to 1 (the last).
         """
-        named = inspect.signature(type(self)).parameters
+        named = _arguments(type(self))
         given = {name: getattr(self, name) for name in named if hasattr(self, name)}  # some have no arguments
         if not any(isinstance(part, Mapping) for value in given.values() for part in _parts(value)):
             return self
@@ -97,10 +98,13 @@ class Merge(Method):
         from transfuse.weights.engine import merge  # it stands on this module
 
         merged = copy.deepcopy(target)
-        merged.load_state_dict(merge(self, *self._opened(target), force=True).state or {})
+        models, base = self._opened(target)
+        merged.load_state_dict(merge(self, models, base, force=True).state or {})
+        self._survival = survival(base, models, InMemory(merged, "merge"))
         return merged
 
     def panels(self) -> list[dict[str, Any]]:
+        """Of a merge that was deployed."""
         (ledger,) = self._ledger
         models = list(ledger.distances)
         if not models:
@@ -126,10 +130,25 @@ class Merge(Method):
                 "columns": models,
                 "values": overlaps,
             },
+            {
+                "kind": "bars",
+                "title": "What of each model is in the merge",
+                "note": "The merge's change along each model's own, as a share of it: 1 is all of it, 0 nothing, below 0 "
+                "the opposite.",
+                "rows": ["after merging"],
+                "groups": models,
+                "values": [list(self._survival.values())],
+            },
         ]
 
     def _opened(self, target: nn.Module) -> tuple[list[Checkpoint], Checkpoint]:
         return [InMemory(model, role) for role, model in self._parents], InMemory(target, "target")
+
+
+@cache
+def _arguments(kind: type[Merge]) -> tuple[str, ...]:
+    """The names of a method's arguments; every tensor asks for them."""
+    return tuple(inspect.signature(kind).parameters)
 
 
 def settled(value: Setting, key: str, depth: float, name: str = "a setting") -> Any:
@@ -174,7 +193,7 @@ def weights_of(weight: float | Sequence[float], models: int, name: str, normaliz
     found = [float(w) for w in weight] if isinstance(weight, Sequence) else [float(weight)] * models
     if len(found) != models:
         raise InputError(f"{name}: weight has {len(found)} numbers, there are {models} models")
-    if not all(torch.isfinite(torch.tensor(w)) for w in found):
+    if not all(map(math.isfinite, found)):
         raise InputError(f"{name}: weights are {found}, expected finite numbers")
     if not normalize:
         return found

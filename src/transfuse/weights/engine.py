@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from transfuse.core.errors import InputError, StoreError, VocabularyError, nearest
-from transfuse.weights.checkpoint import Checkpoint, Spec
+from transfuse.weights.checkpoint import Checkpoint, Spec, View
 from transfuse.weights.folder import open_checkpoint
 from transfuse.weights.ledger import Ledger, reconcile
 from transfuse.weights.linear import Linear
-from transfuse.weights.vocabulary import Vocabulary, Which, align, same_tokens
+from transfuse.weights.tokenizer_files import same_tokens
+from transfuse.weights.vocabulary import Vocabulary, Which, align
 
 if TYPE_CHECKING:
     from transfuse.weights.base import Merge
@@ -49,12 +50,14 @@ class Merged:
         state: the merged tensors by name, tied names included; None where they were written to `folder`.
         model: a module with them, where the base or the first model is one.
         folder: where they were written to, or None.
+        lost: where an adapter was written: the share of each tensor's change that is not in it, `""` for all together.
     """
 
     ledger: Ledger
     state: dict[str, Tensor] | None = None
     model: nn.Module | None = None
     folder: Path | None = None
+    lost: dict[str, float] | None = None
 
 
 def merge(
@@ -65,6 +68,7 @@ def merge(
     *,
     dtype: str | None = None,
     vocabulary: Which | None = None,
+    lora: int | None = None,
     shard_size: int = SHARD_SIZE,
     workers: int = WORKERS,
     resume: bool = False,
@@ -83,6 +87,8 @@ def merge(
             base's, or the first model's). Everything is computed in float32.
         vocabulary: whose tokens the result has, where the models' tokenizers differ: `"base"` (or the first model's),
             `"union"` or `"intersection"`. Rows follow the bytes of their tokens.
+        lora: write what the merge changes in the base as an adapter of this rank, which PEFT loads; embeddings, output
+            layers and what is no matrix stay the base's. `Merged.lost` says what that costs.
         shard_size: bytes of an output file at most.
         workers: threads.
         resume: go on with a merge of the same things into `out` that was killed.
@@ -95,6 +101,8 @@ def merge(
         StoreError: a file is damaged, or there is not enough room; nothing half-written is left under the name `out`.
     """
     plan = Plan.of(method, models, base, dtype, force, vocabulary)
+    if lora is not None:
+        return _adapter(plan, lora, out, progress)
     if out is not None:
         from transfuse.weights.output import write  # it stands on this module
 
@@ -103,10 +111,7 @@ def merge(
     state: dict[str, Tensor] = {}
 
     def keep(key: str, pieces: Iterator[Tensor]) -> None:
-        spec = plan.specs[key]
-        whole = torch.empty(spec.shape, dtype=spec.dtype)
-        fill(whole.view(-1), pieces)
-        state[key] = whole
+        state[key] = whole(plan.specs[key], pieces)
 
     plan.run(keep, plan.specs, workers, progress)
     state = {key: state[key] for key in plan.specs} | {k: state[owner] for k, owner in plan.ledger.tied.items()}
@@ -291,13 +296,40 @@ class _Budget:
                 self._changed.notify_all()
 
 
-def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
-    """Put pieces one after the other.
+class _Merged(View):
+    """What a plan merges, as a checkpoint: every tensor is merged when it is read."""
+
+    def __init__(self, plan: Plan):
+        super().__init__(plan.reference)
+        self.plan, self.name = plan, "the merge"
+
+    def read(self, key: str) -> Tensor:
+        return whole(self.plan.specs[key], self.plan.pieces(key))
+
+
+def _adapter(plan: Plan, rank: int, out: str | Path | None, progress: Callable[[int, int], None] | None) -> Merged:
+    from transfuse.weights.lora import extract_lora
+    from transfuse.weights.output import require_new
+
+    if plan.base is None or out is None:
+        raise InputError(
+            "an adapter is written to a folder, and says what changes in a base: pass base=... and out=..."
+        )
+    if plan.base.tensors != plan.specs:
+        raise InputError("an adapter has the tokens and the types of its base: leave out vocabulary and dtype")
+    require_new(Path(out))
+    lost = extract_lora(plan.base, _Merged(plan), rank, out, progress=progress)
+    return Merged(plan.ledger, folder=Path(out), lost=lost)
+
+
+def whole(spec: Spec, pieces: Iterator[Tensor]) -> Tensor:
+    """The tensor of which these are the pieces, one after the other.
 
     Raises:
         StoreError: they are more or fewer than fit.
     """
-    at = 0
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    flat, at = tensor.view(-1), 0
     for piece in pieces:
         if at + len(piece) > len(flat):
             break
@@ -305,6 +337,7 @@ def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
         at += len(piece)
     if at != len(flat):
         raise StoreError(f"a merged tensor has {at} entries or more, {len(flat)} were expected")
+    return tensor
 
 
 def depths_of(checkpoint: Checkpoint) -> dict[str, float]:

@@ -124,11 +124,9 @@ def _spec(side: Checkpoint, key: str) -> Spec | None:
 def _ancestry(base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str, dict[str, float]]:
     """Cosines between parents, and how far each model is from the base."""
     parents = [parent for parent in (base, *models) if parent is not None]
-    matrices = [k for k, s in parents[0].tensors.items() if s.dtype.is_floating_point and len(s.shape) > 1]
-    chosen = matrices[:: math.ceil(len(matrices) / SAMPLED)] if matrices else []
-    if not chosen or len(parents) < 2:
+    samples = _samples(parents)
+    if not len(samples[0]) or len(parents) < 2:
         return {}
-    samples = [torch.cat([_some(parent.read(k)) for k in chosen]) for parent in parents]
     names = [parent.name for parent in parents]
     found = {"cosines": _cosines(names, samples)}
     if base is None:
@@ -137,6 +135,24 @@ def _ancestry(base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str
     size = max(float(samples[0].norm()), 1e-30)
     apart = {name: float(one.norm()) / size for name, one in zip(names[1:], learned, strict=True)}
     return found | {"overlaps": _cosines(names[1:], learned), "distances": apart}
+
+
+def survival(base: Checkpoint, models: Sequence[Checkpoint], merged: Checkpoint) -> dict[str, float]:
+    """How much of what each model has learned since the base is in the merge, on the weights that a ledger looks at.
+
+        <merged - base, model - base> / ||model - base||^2          1: all, 0: nothing, below 0: the opposite
+    """
+    start, after, *samples = _samples([base, merged, *models])
+    learned = [sample - start for sample in samples]
+    shares = [float((after - start) @ one) / max(float(one @ one), 1e-30) for one in learned]
+    return dict(zip((model.name for model in models), shares, strict=True))
+
+
+def _samples(parents: Sequence[Checkpoint]) -> list[Tensor]:
+    """The same entries of some matrices of each, flat and float32; empty where there are no matrices."""
+    matrices = [k for k, s in parents[0].tensors.items() if s.dtype.is_floating_point and len(s.shape) > 1]
+    chosen = matrices[:: math.ceil(len(matrices) / SAMPLED)] if matrices else []
+    return [torch.cat([torch.empty(0), *(_some(parent.read(k)) for k in chosen)]) for parent in parents]
 
 
 def _cosines(names: Sequence[str], vectors: Sequence[Tensor]) -> dict[str, float]:

@@ -126,7 +126,12 @@ class WithAdapter(View):
 
 
 def extract_lora(
-    base: Checkpoint, tuned: Checkpoint, rank: int, out: str | Path, keep: Callable[[str], bool] | None = None
+    base: Checkpoint,
+    tuned: Checkpoint,
+    rank: int,
+    out: str | Path,
+    keep: Callable[[str], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Write what a model has learned since its base as an adapter of PEFT's, of the best low rank.
 
@@ -134,6 +139,7 @@ def extract_lora(
         rank: of every weight's delta.
         keep: which matrices get an adapter, by name; by default all but embeddings and output layers. What has no
             adapter must be as in the base, or it is left out and counted in the error.
+        progress: called with the bytes that are done, and all of them.
 
     Returns:
         For each changed tensor, the share of its delta's norm that is not in the adapter; 0 is exact. `""` has that of
@@ -147,7 +153,10 @@ def extract_lora(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost: dict[str, float] = {}
     missing = whole = 0.0
+    total, done = sum(spec.bytes for spec in base.tensors.values()), 0
     for key, spec in base.tensors.items():
+        if progress:
+            progress(done := done + spec.bytes, total)
         delta = tuned.read(tuned.tied.get(key, key)).float() - base.read(key).float()
         norm = float(delta.norm())
         if not spec.dtype.is_floating_point or norm == 0:

@@ -26,10 +26,13 @@ from transfuse.core.files import make_folder, sync_folder, write_atomically
 from transfuse.weights.checkpoint import Checkpoint, Spec
 from transfuse.weights.engine import PIECE, Plan
 from transfuse.weights.folder import DTYPES, INDEX, Folder
-from transfuse.weights.vocabulary import grown, tokenizer_of
+from transfuse.weights.tokenizer_files import FILE as TOKENIZER
+from transfuse.weights.tokenizer_files import cut, grown, renumbered, tokenizer_of
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 JOURNAL, CLAIM = "done.jsonl", "merge.json"
+WITH_IDS = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "added_tokens.json")
+"""Older forms of a tokenizer, which `tokenizer.json` stands for."""
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".lock")
 """Weights, and what speaks of them."""
 
@@ -45,15 +48,10 @@ def write(
 ) -> Path:
     """Write a merge into a folder; see :func:`transfuse.weights.engine.merge`."""
     partial, claim = out.with_name(out.name + ".partial"), _claim(plan, shard_size)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if resume and _read_claim(out).get("claim") == claim:
-            return out  # it was finished
-        raise InputError(f"{out} exists and is not empty: choose another folder, or remove it")
-    if plan.vocabulary and plan.vocabulary.cut and plan.reference.folder:
-        raise InputError(
-            "a tokenizer file cannot lose tokens, so a merge over the intersection is kept in memory: leave out `out`, "
-            "or merge with vocabulary='base'"
-        )
+    if resume and _read_claim(out).get("claim") == claim:
+        return out  # it was finished
+    require_new(out)
+    described = _described(plan)
     shards = _shards(plan.specs, shard_size)
     fresh = not partial.exists()
     if not fresh:
@@ -83,13 +81,19 @@ def write(
         for file in files:
             file.close()
         journal.close()
-    _beside(plan, partial, shards, claim)
+    _beside(plan, partial, shards, claim, described)
     (partial / JOURNAL).unlink()
     if out.exists():
         out.rmdir()
     os.replace(partial, out)
     sync_folder(out.parent)
     return out
+
+
+def require_new(out: Path) -> None:
+    """Raises: InputError: there is something in the folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty: choose another folder, or remove it")
 
 
 class _File:
@@ -131,6 +135,8 @@ class _File:
             at += len(content)
         if at != end:
             raise StoreError(f"the merged {key!r} has {at - begin} bytes, its place {end - begin}")
+        if hasattr(os, "posix_fadvise"):  # begins to write to the disk, so that the end has less to wait for
+            os.posix_fadvise(self._file, self._first + begin, end - begin, os.POSIX_FADV_DONTNEED)
         return crc
 
     def checksum(self, key: str) -> int:
@@ -251,17 +257,47 @@ def _estimate(plan: Plan, shards: Mapping[str, Any], workers: int) -> str:
     )
 
 
-def _beside(plan: Plan, folder: Path, shards: Mapping[str, Mapping[str, Spec]], claim: dict[str, Any]) -> None:
+def _described(plan: Plan) -> dict[str, Any]:
+    """The files of the reference in which tokens stand, as they are with the merge's own, by name.
+
+    Raises:
+        VocabularyError: a tokenizer of these tokens would not work.
+    """
+    source, tokens = plan.reference.folder, plan.vocabulary
+    if source is None or tokens is None:
+        return {}
+    if tokens.added < len(tokens.tokens):
+        return {TOKENIZER: json.loads(grown(tokenizer_of(plan.reference), tokens.tokens, tokens.added).to_str())}
+    if tokens.kept is None:
+        return {}
+    found = {TOKENIZER: cut(json.loads((source / TOKENIZER).read_text(encoding="utf-8")), tokens.kept)}
+    if plan.reference.config is not None:
+        found["config.json"] = renumbered(plan.reference.config, tokens.kept, "config.json")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (source / name).exists():
+            config = json.loads((source / name).read_text(encoding="utf-8"))
+            found[name] = renumbered(config, tokens.kept, name)
+    return found
+
+
+def _beside(
+    plan: Plan,
+    folder: Path,
+    shards: Mapping[str, Mapping[str, Spec]],
+    claim: dict[str, Any],
+    described: Mapping[str, Any],
+) -> None:
     """Everything but the weights: config, tokenizer, index, the model card, and what was merged."""
-    source = plan.reference.folder
+    source, cut_down = plan.reference.folder, plan.vocabulary is not None and plan.vocabulary.kept is not None
     if source is not None:
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix not in NOT_COPIED and not file.name.endswith(INDEX[-11:]):
+            stale = cut_down and file.name in WITH_IDS
+            if not stale and file.is_file() and file.suffix not in NOT_COPIED and not file.name.endswith(INDEX[-11:]):
                 shutil.copyfile(file, folder / file.name)
-    if plan.vocabulary and plan.vocabulary.added < len(plan.vocabulary.tokens):
-        grown(tokenizer_of(plan.reference), plan.vocabulary).save(str(folder / "tokenizer.json"))
+    for name, content in described.items():
+        write_atomically(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     if plan.reference.config is not None:
-        config = dict(plan.reference.config)
+        config = dict(described.get("config.json", plan.reference.config))
         kinds = {str(s.dtype).removeprefix("torch.") for s in plan.specs.values() if s.dtype.is_floating_point}
         for name in ("dtype", "torch_dtype"):
             if name in config and len(kinds) == 1:
@@ -280,8 +316,8 @@ def _beside(plan: Plan, folder: Path, shards: Mapping[str, Mapping[str, Spec]], 
         "base": None if plan.base is None else plan.base.name,
     }
     write_atomically(folder / "README.md", _card(parents, recipe))
-    described = {"claim": claim, "recipe": recipe, "ledger": plan.ledger.as_json()}
-    write_atomically(folder / CLAIM, json.dumps(described, indent=2) + "\n")
+    summary = {"claim": claim, "recipe": recipe, "ledger": plan.ledger.as_json()}
+    write_atomically(folder / CLAIM, json.dumps(summary, indent=2) + "\n")
 
 
 def _card(parents: list[Checkpoint], recipe: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ ever empty.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transfuse.core.errors import InputError, MissingExtraError, VocabularyError
+from transfuse.core.errors import InputError, VocabularyError
 from transfuse.core.vocabulary import token_bytes
 from transfuse.weights.checkpoint import Checkpoint, Spec, View
 from transfuse.weights.folder import EMBEDDINGS, HEADS
+from transfuse.weights.tokenizer_files import tokenizer_of
 
 Which = Literal["base", "union", "intersection"]
 """The tokens of the reference; those and what others have beside them; or those that all have."""
@@ -32,12 +32,12 @@ class Vocabulary:
     Attributes:
         tokens: by id; None for a row of padding.
         added: ids from which on they are not the reference's own.
+        kept: the reference's ids of the tokens, where some of its tokens are gone; None where all are there.
     """
 
     tokens: Sequence[Token]
     added: int
-    cut: bool = False
-    """Whether tokens of the reference are gone."""
+    kept: Sequence[int] | None = None
 
 
 class Aligned(View):
@@ -123,60 +123,6 @@ def align(
     return (None, aligned, vocabulary) if base is None else (aligned[0], aligned[1:], vocabulary)
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """The tokenizer in a checkpoint's folder.
-
-    Raises:
-        InputError: there is none.
-        MissingExtraError: tokenizers is not installed.
-    """
-    file = None if checkpoint.folder is None else checkpoint.folder / "tokenizer.json"
-    if file is None or not file.exists():
-        raise InputError(f"{checkpoint.name} has no tokenizer.json, so what its ids mean is not known")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingExtraError("tokenizers", "hf", "reading a tokenizer.json") from None
-    return Tokenizer.from_file(str(file))
-
-
-def grown(tokenizer: Any, vocabulary: Vocabulary) -> Any:
-    """A tokenizer of `tokenizers` that knows the added tokens, too.
-
-    Raises:
-        VocabularyError: an added token is no text, so no tokenizer could be told to look for it.
-    """
-    from tokenizers import AddedToken, Tokenizer
-
-    copied = Tokenizer.from_str(tokenizer.to_str())
-    for number, token in enumerate(vocabulary.tokens[vocabulary.added :], vocabulary.added):
-        try:
-            text = (token or b"").decode()
-        except UnicodeDecodeError:
-            text = ""
-        if not text:
-            raise VocabularyError(f"the token {token!r} of another model is no text, so it cannot be added: use 'base'")
-        copied.add_tokens([AddedToken(text, normalized=False)])
-        if copied.token_to_id(text) != number:
-            raise VocabularyError(
-                f"the token {text!r} would get the id {copied.token_to_id(text)}, and its row is {number}: the head of "
-                "the reference is padded. Use 'base', or cut its padding first"
-            )
-    return copied
-
-
-def same_tokens(checkpoints: Sequence[Checkpoint]) -> bool | None:
-    """Whether all tokenizers in the checkpoints' folders give the same ids; None where one has none."""
-    files = [None if c.folder is None else c.folder / "tokenizer.json" for c in checkpoints]
-    if any(file is None or not file.exists() for file in files):
-        return None
-    texts = [file.read_text(encoding="utf-8") for file in files if file is not None]
-    if len(set(texts)) == 1:
-        return True
-    vocabularies = [_ids(json.loads(text)) for text in texts]
-    return all(found == vocabularies[0] for found in vocabularies)
-
-
 @dataclass(frozen=True)
 class _Rows:
     """A checkpoint's tensors that have a row per token, and which row a token has."""
@@ -223,20 +169,14 @@ def _vocabulary(known: Sequence[_Rows], which: Which) -> Vocabulary:
         return Vocabulary(own, len(own))
     others = [{token for token in one.tokens if token is not None} for one in known[1:]]
     if which == "intersection":
-        shared = [t for t in reference.tokens if t is not None and all(t in other for other in others)]
-        if not shared:
+        kept = [i for i, t in enumerate(reference.tokens) if t is not None and all(t in other for other in others)]
+        if not kept:
             raise VocabularyError("these tokenizers have no token in common")
-        return Vocabulary(shared, len(shared), cut=len(shared) < reference.size)
+        shared = [reference.tokens[i] for i in kept]
+        return Vocabulary(shared, len(kept), kept if len(kept) < reference.size else None)
     tokens, seen = list(own), set(own)
     for one in known[1:]:
         new = [token for token in one.tokens if token is not None and token not in seen]
         tokens += new
         seen |= set(new)
     return Vocabulary(tokens, len(own))
-
-
-def _ids(described: dict[str, Any]) -> Any:
-    """Which token has which id, from a tokenizer.json."""
-    vocabulary = described.get("model", {}).get("vocab", {})
-    plain = dict(vocabulary) if isinstance(vocabulary, dict) else {t[0]: i for i, t in enumerate(vocabulary)}
-    return plain | {t["content"]: t["id"] for t in described.get("added_tokens", [])}
