@@ -38,7 +38,7 @@ def measure(repeats: int | None = None, smoke: bool = False) -> Result:
     data = text(vocabulary, 32 if smoke else 64)
     # As SmolLM2-135M: drawing costs the same whatever the teacher's size, so a smaller one would be no fair measure.
     shape: Any = {"dim": 64, "depth": 2} if smoke else {"dim": 576, "depth": 30, "heads": 9}
-    teacher, asked_of_it = model(vocabulary, seed=1, **shape), data[:16]
+    teacher = model(vocabulary, seed=1, **shape)
     with tempfile.TemporaryDirectory() as folder:
         store = TeacherStore.build(Path(folder) / "store", Sharp(vocabulary), data, Draws(50), batch_size=BATCH)
         assert store is not None
@@ -49,18 +49,9 @@ def measure(repeats: int | None = None, smoke: bool = False) -> Result:
         tokens = data.numel()
         result.add("bytes per token / 50", 1.0, [(store.shards.size / tokens, 50.0)])
 
-        def built() -> None:
-            shutil.rmtree(Path(folder) / "again", ignore_errors=True)
-            given: Any = {"batch_size": BATCH, "say": lambda text: None}
-            TeacherStore.build(Path(folder) / "again", teacher, asked_of_it, Draws(50), **given)
-
-        # The estimate before it begins costs a batch, which a build that is worth its name does not notice.
-        building = timed(built, 1 / (1 + BATCH / len(asked_of_it)))
-        result.add(
-            "building / bare teacher forward",
-            1 / 0.95,
-            alternate(building, timed(lambda: asked(teacher, asked_of_it)), repeats),
-        )
+        first, others = building(teacher, data, Path(folder) / "again", 1 if smoke else 3)
+        result.add("a batch of a build / of the bare teacher", 1 / 0.95, others)
+        result.add("the first, with what is read before / of the bare teacher", 2.0, first)
         few, many = (reading(Path(folder) / str(n), n, vocabulary) for n in ((16, 32) if smoke else (200, 2000)))
         result.add("memory of reading ten times the store", 1.1, [(many, few)])
     return result
@@ -133,23 +124,32 @@ def dense_step(data: Tensor, vocabulary: int) -> Callable[[], float]:
     return run
 
 
-@torch.no_grad()
-def asked(teacher: torch.nn.Module, data: Tensor) -> None:
-    """Every sample once."""
-    for part in data.split(BATCH):
-        teacher(part)
+Pairs = list[tuple[float, float]]
 
 
-def timed(run: Callable[[], None], share: float = 1.0) -> Callable[[], float]:
-    """A share of a function's seconds."""
+def building(teacher: torch.nn.Module, data: Tensor, folder: Path, builds: int) -> tuple[Pairs, Pairs]:
+    """Seconds of every batch of some builds, and of the bare teacher right after it: of first ones, and of others.
 
-    def seconds() -> float:
-        with no_garbage_collection():
+    In turns by batch, for a machine that others share changes its pace within a build.
+    """
+    first: Pairs = []
+    others: Pairs = []
+    for _ in range(builds):
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.perf_counter()
+
+        @torch.no_grad()
+        def told(done: int, total: int) -> None:
+            nonlocal began
+            ours, asked = time.perf_counter() - began, time.perf_counter()
+            teacher(data[done - BATCH : done])
+            (others if done > BATCH else first).append((ours, time.perf_counter() - asked))
             began = time.perf_counter()
-            run()
-            return share * (time.perf_counter() - began)
 
-    return seconds
+        given: Any = {"batch_size": BATCH, "say": lambda text: None, "progress": told}
+        with no_garbage_collection():
+            TeacherStore.build(folder, teacher, data, Draws(50), **given)
+    return first, others
 
 
 PROBE = """

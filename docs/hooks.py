@@ -1,7 +1,8 @@
-"""Pages that mkdocs generates from the code: the methods, from the catalogue, and the results of their proofs."""
+"""Pages that mkdocs generates from the code: the methods, from the catalogue, and what proofs and benchmarks found."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from transfuse.core.catalogue import Entry, entries
 from transfuse.report import Report
 from transfuse.report.numbers import number, signed
 
-RUN = re.compile(r"^\[run: ([\w-]+)\]$", re.MULTILINE)
+TABLE = re.compile(r"^\[(run|benchmark): ([\w-]+)\]$", re.MULTILINE)
 ROLE = re.compile(r":(?:class|func|mod|data|meth|attr):<code>(~?)([\w.]+)</code>")
 REQUEST = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
 
@@ -51,8 +52,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Tables of runs: `[run: smollm2]` is docs/results/smollm2.json."""
-    return RUN.sub(lambda run: run_table(run[1]), markdown)
+    """Tables: `[run: smollm2]` is docs/results/smollm2.json, `[benchmark: merge]` is benchmarks/results/merge.json."""
+    return TABLE.sub(lambda found: {"run": run_table, "benchmark": benchmark_table}[found[1]](found[2]), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -80,6 +81,18 @@ def run_table(name: str) -> str:
     teacher = report.source.metrics
     rows.append(f"| teacher | {teacher['bits_per_byte']:.3f} | | {teacher['nll']:.3f} | |")
     return "\n".join(rows)
+
+
+def benchmark_table(name: str) -> str:
+    """Markdown: every comparison of a benchmark, and the machine it ran on."""
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = ["| ours over theirs | median | least | most | limit |", "|---|---|---|---|---|"]
+    for label, ratio in found["ratios"].items():
+        numbers = (ratio["median"], ratio["min"], ratio["max"], found["limits"][label])
+        rows.append(f"| {label} | {' | '.join(f'{value:.2f}' for value in numbers)} |")
+    machine = found["machine"]
+    where = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
+    return "\n".join([*rows, "", f"`python -m benchmarks {name}` on {where}, torch {found['versions']['torch']}."])
 
 
 def methods_page(methods: Sequence[Entry], proofs: Sequence[ProofResult]) -> str:

@@ -114,6 +114,13 @@ def test_draws_reach_every_block_of_a_large_vocabulary():
     assert set(drawn[2].tolist()) == {0, 700}
 
 
+@pytest.mark.parametrize("shift", [-1000.0, -30.0, 300.0])
+def test_draws_do_not_depend_on_a_constant_in_the_logits(shift):
+    logits = torch.randint(-8, 8, (200, 130), generator=torch.Generator().manual_seed(0)) / 2
+    plain, shifted = (draw_tokens(x, 50, torch.Generator().manual_seed(1)) for x in (logits, logits + shift))
+    assert (plain == shifted).double().mean() > 0.999
+
+
 def test_counts_and_ids_survive_their_three_bytes():
     form = Draws(127)
     entries = {

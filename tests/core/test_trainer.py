@@ -606,6 +606,20 @@ def test_keep_best_returns_the_best_validated_state():
     assert [r["validate"] for r in run.history] == [1.0, 5.0, 2.0, 5.0]
 
 
+def test_the_state_before_a_stage_may_be_the_best():
+    class Keeping(Labels):
+        def stage(self, i: int, run: Any) -> Stage:
+            stage = super().stage(i, run)
+            stage.keep = "best or start"
+            return stage
+
+    student, scores = CNN(), iter([4.0, 1.0, 3.0])
+    before = digest(student)
+    run = trainer(Keeping(), student, None, images(), validate=lambda _: next(scores), validate_every=1, steps=2)
+    assert digest(run.fit()) == before
+    assert [r["validate"] for r in run.history] == [1.0, 3.0]
+
+
 def test_validation_may_change_modes_and_draw_random_numbers():
     def validate(model: nn.Module) -> np.floating:
         model.eval()

@@ -186,23 +186,21 @@ def _files() -> list[Path]:
 
 @cache
 def _read(path: Path) -> list[Entry]:
-    text, found = path.read_text(encoding="utf-8"), []
-    if "card = Card(" not in text:  # parsing is what takes time
-        return []
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and (card := _card(node)):
-            doc = ast.get_docstring(node) or ""
-            module = f"transfuse.{path.parent.name}.{path.stem}"
-            found.append(Entry(node.name, path.parent.name, module, doc.partition("\n")[0], doc, card))
+    found = []
+    for text in path.read_text(encoding="utf-8").split("\nclass ")[1:]:
+        head, starts, rest = text.partition("\n    card = Card(")
+        if not starts:
+            continue
+        # Parsing takes time, so a class is read up to the end of its card: the first line that is not indented further.
+        card = starts + (rest.partition("\n    )")[0] + "\n    )" if rest.startswith("\n") else rest.partition("\n")[0])
+        node = ast.parse(f"class {head}{card}").body[0]
+        assert isinstance(node, ast.ClassDef)
+        doc = ast.get_docstring(node) or ""
+        module = f"transfuse.{path.parent.name}.{path.stem}"
+        found.append(Entry(node.name, path.parent.name, module, doc.partition("\n")[0], doc, _card(node)))
     return found
 
 
-def _card(node: ast.ClassDef) -> Card | None:
-    for statement in node.body:
-        if (
-            isinstance(statement, ast.Assign)
-            and isinstance(call := statement.value, ast.Call)
-            and any(isinstance(t, ast.Name) and t.id == "card" for t in statement.targets)
-        ):
-            return Card(**{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
-    return None
+def _card(node: ast.ClassDef) -> Card:
+    assignment: Any = node.body[-1]
+    return Card(**{k.arg: ast.literal_eval(k.value) for k in assignment.value.keywords if k.arg})

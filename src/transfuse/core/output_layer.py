@@ -26,8 +26,13 @@ def find_output_layer(model: nn.Module, inputs: Any) -> nn.Linear | None:
     afterwards (soft-capping, an adapter), the layer is quantised, parametrised or watched by hooks, or the model is
     compiled.
     """
+    return output_layer_and_logits(model, inputs)[0]
+
+
+def output_layer_and_logits(model: nn.Module, inputs: Any) -> tuple[nn.Linear | None, Tensor | None]:
+    """The same, and the logits of that batch; None where the model was not run, or gives none."""
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        return None
+        return None, None
     plain = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m) and not _watched(m)]
     given: list[tuple[nn.Linear, Tensor]] = []
     handles = [m.register_forward_hook(lambda m, _, output: given.append((m, output))) for m in plain]
@@ -35,11 +40,11 @@ def find_output_layer(model: nn.Module, inputs: Any) -> nn.Linear | None:
         with modes_kept(model):
             logits = find_logits(call(model.eval(), inputs))
     except InputError:  # of a model without logits the method will say so, if it needs any
-        return None
+        return None, None
     finally:
         for handle in handles:
             handle.remove()
-    return next((layer for layer, output in reversed(given) if output is logits), None)
+    return next((layer for layer, output in reversed(given) if output is logits), None), logits
 
 
 @contextmanager

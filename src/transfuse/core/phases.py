@@ -93,7 +93,8 @@ class Stage:
         streams: data by the name losses know it by; the first defines the epoch.
         phases: done in this order in every step.
         epochs, steps: length; None for both means what the caller asked for.
-        keep: `"last"`, or `"best"` to go back to the best validated state when the stage ends.
+        keep: `"last"`, or `"best"` to go back to the best validated state when the stage ends; with `"best or start"`
+            that from before the stage counts, too.
         train: the roles that are in train mode; every other role is in eval mode.
         share: the part of the caller's budget this stage takes, where its length is the caller's.
     """

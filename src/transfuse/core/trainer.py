@@ -240,6 +240,8 @@ class Trainer:
 
     def _run_stage(self) -> None:
         clock = self.clock
+        if clock.step == 0 and self._stage.keep == "best or start" and self.validate:
+            self._score()
         while clock.step < clock.steps:
             if clock.step % (clock.per_epoch or clock.steps) == 0:
                 self.method.begin_epoch(self.run)
@@ -272,7 +274,7 @@ class Trainer:
         self.method.end_stage(self._number, self.run)
         self._agree()
         self._agree_buffers()
-        if self._stage.keep == "best" and self._best:
+        if self._best:
             self.target.load_state_dict(self._best["state"])
             with torch.no_grad():
                 for name, p in self.method.named_parameters():
@@ -445,7 +447,7 @@ class Trainer:
         with rng.scope(0), torch.no_grad():
             score = float(self.validate(self.method.deploy(self.target)))
         self.run.set_modes(set(self._stage.train))
-        if self._stage.keep == "best" and (self._best is None or self._improves(score, self._best["score"])):
+        if self._stage.keep != "last" and (self._best is None or self._improves(score, self._best["score"])):
             state = {k: v.detach().cpu().clone() for k, v in self.target.state_dict().items()}
             learned = {k: p.detach().cpu().clone() for k, p in self.method.named_parameters()}
             self._best = {"score": score, "state": state, "learned": learned}

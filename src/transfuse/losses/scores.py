@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,9 +119,23 @@ def positions(scores: Scores, mask: Tensor | None = None) -> Scores:
     return scores.flatten(0, -2) if mask is None else scores[mask]
 
 
-def in_parts(scores: Scores, rows: int, mask: Tensor | None = None) -> Iterator[Tensor]:
-    """The logits of the positions that count, so many rows at a time: of a projection no more of them exist."""
+def in_parts(scores: Scores, rows: int, mask: Tensor | None = None, room: Tensor | None = None) -> Iterator[Tensor]:
+    """The logits of the positions that count, so many rows at a time: of a projection no more of them exist.
+
+    Nothing can be learned through them. A part may lie where the one before it lay: copy what you keep of it.
+
+    Args:
+        room: `(rows, classes)` of the hidden states' type, for the logits of a projection; who takes parts of many
+            batches keeps it, for new memory costs a good part of what the logits do.
+    """
     chosen = positions(scores, mask)
-    if isinstance(chosen, Projection):
-        return (replace(chosen, hidden=part).dense() for part in chosen.hidden.split(rows))
-    return iter(chosen.split(rows))
+    if not isinstance(chosen, Projection):
+        yield from chosen.detach().split(rows)
+        return
+    hidden = chosen.hidden.detach()
+    weight = chosen.weight.detach().to(hidden.dtype)
+    if room is None:
+        room = hidden.new_empty(min(rows, len(hidden)), len(weight))
+    for part in hidden.split(rows):
+        logits = torch.mm(part, weight.T, out=room[: len(part)])
+        yield logits if chosen.bias is None else logits.add_(chosen.bias.detach())

@@ -41,7 +41,8 @@ class ATLAS(Scaling):
     What L is learned for:
         - `"labels"`: sum over the data sets of the mean cross-entropy. One set, `data=...`, is few-shot or supervised
           learning; several, `data={"digits": ..., "letters": ...}`, is the addition of tasks. The state that is best
-          on `validate=...` is kept. (Leave the target task's own source out; learn on data that is not for testing.)
+          on `validate=...` is kept, be it the base. (Leave the target task's own source out; learn on data that is not
+          for testing.)
         - `"negation"`: -CE(forget) + CE(keep), of `data={"forget": ..., "keep": ...}`, half a batch each. After every
           epoch both accuracies are measured on that data, and of the coefficients that keep 95 % of the base's accuracy
           on `keep` those that forget most are deployed; what comes after the first that do not is not considered.
@@ -116,7 +117,7 @@ class ATLAS(Scaling):
         self.objective, self.blockwise, self.groups, self.head = objective, blockwise, groups, head
         self.head_lr_scale, self.budget, self.linearised, self.l1, self.l2 = head_lr_scale, budget, linearised, l1, l2
         self.confidence, self.mirror, self.seed = confidence, mirror, seed
-        self.keep = "best" if objective == "labels" else "last"
+        self.keep = "best or start" if objective == "labels" else "last"
         self.trusted = Bag()
         """Ids and pseudo-labels of the samples that are trusted at test time."""
         self.kept = Bag()

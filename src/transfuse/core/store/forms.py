@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from transfuse.core.errors import InputError
 from transfuse.losses.scores import Sampled, TopK
@@ -35,7 +36,7 @@ class Form:
         """The entries of some tokens of one sample, with the tokens first.
 
         Args:
-            logits: `(tokens, classes)` float32, already divided by the temperature.
+            logits: `(tokens, classes)` float32, already divided by the temperature; they do not stay.
             draw: the sample's own random numbers.
         """
         raise NotImplementedError
@@ -69,7 +70,7 @@ class Dense(Form):
         _require_dtype(self.dtype)
 
     def take(self, logits: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
-        return {"logits": logits.to(getattr(torch, self.dtype))}
+        return {"logits": logits.to(getattr(torch, self.dtype), copy=True)}
 
     def pack(self, entries: Mapping[str, Tensor]) -> bytes:
         return entries["logits"].contiguous().numpy().tobytes()
@@ -193,7 +194,6 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     """n tokens of each row, drawn with replacement from its softmax, `(tokens, n)`.
 
     The inverse of the distribution function, summed in float64: first over blocks of classes, then within the block.
-    A few rows are worked on at a time, as many as fit into a processor's cache.
 
     Args:
         logits: `(tokens, classes)` float32.
@@ -201,24 +201,33 @@ def draw_tokens(logits: Tensor, n: int, draw: torch.Generator) -> Tensor:
     Raises:
         InputError: a row has no largest number.
     """
-    if len(logits) > ROWS:
-        return torch.cat([draw_tokens(rows, n, draw) for rows in logits.split(ROWS)])
-    tokens, classes = logits.shape
-    weights = logits.softmax(-1)
-    if classes % BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -classes % BLOCK))
-    weights = weights.unflatten(-1, (-1, BLOCK))
-    until = weights.sum(-1).cumsum(-1, dtype=torch.float64)
+    if short := -logits.shape[-1] % BLOCK:
+        logits = F.pad(logits, (0, short), value=-torch.inf)
+    tokens, sums = len(logits), _sums(logits)
+    if not (sums.sum(-1).log().abs() < 20).all():  # weights may have been too small or too large to be numbers
+        logits = logits - logits.amax(-1, keepdim=True)
+        sums = _sums(logits)
+    until = sums.cumsum(-1, dtype=torch.float64)
     if not until[:, -1].isfinite().all():
         raise InputError(f"nothing can be drawn from a teacher whose logits are {NO_NUMBERS}")
     at = torch.rand(tokens, n, generator=draw, dtype=torch.float64) * until[:, -1:]
     block = torch.searchsorted(until, at, right=True).clamp(max=until.shape[1] - 1)
-    before = torch.cat([until.new_zeros(tokens, 1), until], 1).gather(1, block)
-    inside = weights[torch.arange(tokens)[:, None], block].double().cumsum(-1)
+    before = F.pad(until, (1, 0)).gather(1, block)
+    own = logits.unflatten(-1, (-1, BLOCK))[torch.arange(tokens)[:, None], block].exp_()
+    inside = own.cumsum(-1, dtype=torch.float64)
     found = torch.searchsorted(inside, (at - before)[..., None], right=True)[..., 0]
     # Sums in another order may end a rounding short of the block's; then it is the last class with any mass.
-    last = BLOCK - (inside == inside[..., -1:]).sum(-1)
-    return block * BLOCK + torch.minimum(found, last)
+    beyond = (found == BLOCK).nonzero(as_tuple=True)
+    found[beyond] = BLOCK - (inside[beyond] == inside[beyond][..., -1:]).sum(-1)
+    return block * BLOCK + found
+
+
+def _sums(logits: Tensor) -> Tensor:
+    """Of exp(logits) in every block, `(tokens, blocks)`; as many rows at a time as fit into a processor's cache."""
+    weights = torch.empty_like(logits[:ROWS])
+    return torch.cat(
+        [torch.exp(rows, out=weights[: len(rows)]).unflatten(-1, (-1, BLOCK)).sum(-1) for rows in logits.split(ROWS)]
+    )
 
 
 def form_of(header: Mapping[str, Any]) -> Form:

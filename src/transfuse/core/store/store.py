@@ -7,7 +7,8 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transfuse.core import rng
 from transfuse.core.batch import Batch, padding_mask
 from transfuse.core.errors import InputError, StoreError
 from transfuse.core.files import make_folder, write_atomically
-from transfuse.core.output_layer import find_output_layer, left_out
+from transfuse.core.output_layer import left_out, output_layer_and_logits
 from transfuse.core.outputs import Features, Outputs, call, find_logits, full_precision, modes_kept
 from transfuse.core.placement import device_of
 from transfuse.core.store.forms import DTYPES, NO_NUMBERS, Dense, Draws, Form, Layers, form_of
@@ -28,13 +29,13 @@ from transfuse.core.store.shards import Record, Shards, bytes_of, shard_path, wh
 from transfuse.core.streams import Indexed, by_number
 from transfuse.core.taps import Taps
 from transfuse.core.teacher import Recorded
-from transfuse.losses.scores import Sampled, TopK, in_parts, positions
+from transfuse.losses.scores import Projection, Sampled, Scores, TopK, in_parts
 
 FORMAT = 1
 HEADER = "store.json"
 SHARD = 2048
 """Samples per shard: what is lost when a build is killed."""
-CHUNK = 256
+CHUNK = 512
 """Tokens whose logits exist at a time."""
 
 
@@ -177,19 +178,24 @@ class TeacherStore(Recorded):
         mine = [i for i in range(rank, shards, world) if not shard_path(path, i).exists()]
         rows = [torch.arange(i * shard_size, min((i + 1) * shard_size, stream.size)) for i in mine]
         total, done = sum(map(len, rows)), 0
+        first: list[Record] = []
         if total:
-            say(builder.estimate(total, min(batch_size, total)))
+            began = time.monotonic()
+            first = list(builder.records(rows[0][:batch_size]))
+            say(_estimate(first, time.monotonic() - began, total))
         for number, part in zip(mine, rows, strict=True):
 
-            def records(part: Tensor = part) -> Iterator[Record]:
+            def records(part: Tensor = part, ready: list[Record] = first) -> Iterator[Record]:
                 nonlocal done
                 for some in part.split(batch_size):
-                    yield from builder.records(some)
+                    yield from ready or builder.records(some)
+                    ready = []
                     done += len(some)
                     if progress:
                         progress(done, total)
 
             write_shard(path, number, records())
+            first = []
         complete = all(shard_path(path, i).exists() for i in range(shards))
         return cls(path) if complete else None
 
@@ -202,13 +208,14 @@ class _Builder:
         self.temperature, self.seed = temperature, seed
         self.by_token = task in ("language-model", "token-classification")
         self.device = device_of(teacher)
+        self.room: Tensor | None = None
         first = data.fetch(torch.arange(1)).to(self.device)
         names = form.names if isinstance(form, Layers) else ()
         self.taps = Taps(teacher, names, first.inputs) if names else None
-        self.layer = None if names else find_output_layer(teacher, first.inputs)
-        outputs = self._ask(first)
+        self.layer, logits = (None, None) if names else output_layer_and_logits(teacher, first.inputs)
         self.layers: dict[str, Any] = {}
         if isinstance(form, Layers):
+            outputs = self._ask(first)
             tokens = _tokens(first)[0] if self.by_token else 1
             for name, feature in outputs.features.items():
                 inner = feature[0]
@@ -216,49 +223,51 @@ class _Builder:
                 self.layers[name] = (along, list(inner.shape[1:] if along or self._pools(inner) else inner.shape))
             self.classes = 0
         else:
-            self.classes = outputs.scores.shape[-1]
-            if len(outputs.scores.shape) != (3 if self.by_token else 2):
-                raise InputError(f"a store of task {task!r} cannot hold logits of shape {tuple(outputs.scores.shape)}")
+            shape = tuple((self._ask(first).scores if logits is None else logits).shape)
+            self.classes = shape[-1]
+            if len(shape) != (3 if self.by_token else 2):
+                raise InputError(f"a store of task {task!r} cannot hold logits of shape {shape}")
 
     def _pools(self, feature: Tensor) -> bool:
         return isinstance(self.form, Layers) and self.form.pooled and self.by_token and feature.dim() > 1
-
-    def estimate(self, samples: int, batch_size: int) -> str:
-        """What the whole build will take, from one batch."""
-        began = time.monotonic()
-        size = sum(len(r.content) for r in self.records(torch.arange(batch_size))) / batch_size
-        seconds = (time.monotonic() - began) / batch_size * samples
-        return f"store of {samples} samples: about {size * samples / 2**20:.1f} MB, {seconds / 60:.1f} minutes"
 
     def records(self, rows: Tensor) -> Iterator[Record]:
         """The teacher's answers about some samples."""
         batch = self.data.fetch(rows)
         asked = what_is_asked(batch)
         moved = batch.to(self.device)
-        outputs = self._ask(moved)
-        real = padding_mask(moved)
-        for i, sample in enumerate(batch.index.tolist()):
-            chosen = None if real is None else real[i]
-            draw = torch.Generator().manual_seed(rng.derive(self.seed, "draws", sample))
-            content, tokens = self._one(outputs, i, chosen, draw, sample)
-            yield Record(sample, asked[i], tokens, content)
+        outputs, real, samples = self._ask(moved), padding_mask(moved), batch.index.tolist()
+        if isinstance(self.form, Layers):
+            answers = [self._features(outputs, i, None if real is None else real[i]) for i in range(batch.size)]
+        else:
+            answers = self._kept(outputs.learning, real if self.by_token else None, samples)
+        for sample, question, (content, tokens) in zip(samples, asked, answers, strict=True):
+            yield Record(sample, question, tokens, content)
 
     @torch.no_grad()
-    def _one(
-        self, outputs: Outputs, i: int, real: Tensor | None, draw: torch.Generator, sample: int
-    ) -> tuple[bytes, int]:
-        if isinstance(self.form, Layers):
-            return self._features(outputs, i, real)
-        mask = real[None] if self.by_token and real is not None else None
-        mine = positions(outputs.on_samples(lambda value: value[i : i + 1]).learning, mask)
-        # Nothing is divided by 1, for that takes as long as a part of the drawing.
-        kept = (full_precision(part).cpu() for part in in_parts(mine, CHUNK))
-        cooled = kept if self.temperature == 1 else (part / self.temperature for part in kept)
-        taken = [self.form.take(part, draw) for part in cooled]
-        entries = {name: torch.cat([t[name] for t in taken]) for name in taken[0]}
-        if any(entry.isnan().any() for entry in entries.values()):
-            raise StoreError(f"what the teacher says about sample {sample} is {NO_NUMBERS}")
-        return self.form.pack(entries), mine.shape[0]
+    def _kept(self, scores: Scores, real: Tensor | None, samples: Sequence[int]) -> list[tuple[bytes, int]]:
+        """The bytes of each sample, and of how many tokens; the output layer takes those of several samples at once."""
+        each = scores.shape[1] if self.by_token else 1
+        counts = [each] * len(samples) if real is None else real.sum(1).tolist()
+        draws = [torch.Generator().manual_seed(rng.derive(self.seed, "draws", sample)) for sample in samples]
+        nothing = torch.empty(0, self.classes)
+        taken = [[self.form.take(nothing, draw)] for draw in draws]
+        owners = torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))
+        if self.room is None and isinstance(scores, Projection):
+            self.room = scores.hidden.new_empty(CHUNK, self.classes)
+        for part, owner in zip(in_parts(scores, CHUNK, real, self.room), owners.split(CHUNK), strict=True):
+            kept = full_precision(part).cpu()
+            mine, sizes = owner.unique_consecutive(return_counts=True)
+            for i, piece in zip(mine.tolist(), kept.split(sizes.tolist()), strict=True):
+                # Nothing is divided by 1, for that takes as long as a part of the drawing.
+                taken[i].append(self.form.take(piece if self.temperature == 1 else piece / self.temperature, draws[i]))
+        found = []
+        for sample, count, parts in zip(samples, counts, taken, strict=True):
+            entries = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            if any(entry.isnan().any() for entry in entries.values()):
+                raise StoreError(f"what the teacher says about sample {sample} is {NO_NUMBERS}")
+            found.append((self.form.pack(entries), count))
+        return found
 
     def _features(self, outputs: Outputs, i: int, real: Tensor | None) -> tuple[bytes, int]:
         assert isinstance(self.form, Layers)
@@ -283,12 +292,20 @@ class _Builder:
         return Outputs(projections[-1] if projections else find_logits(raw))
 
 
+def _estimate(first: Sequence[Record], seconds: float, samples: int) -> str:
+    """What the whole build will take, from the first batch."""
+    size, seconds = (whole / len(first) * samples for whole in (sum(len(r.content) for r in first), seconds))
+    return f"store of {samples} samples: about {size / 2**20:.1f} MB, {seconds / 60:.1f} minutes"
+
+
 def teacher_fingerprint(teacher: nn.Module) -> str:
     """A hash over the names, types, shapes and content of a model's parameters and buffers."""
+    tensors = [(k, v) for k, v in sorted(teacher.state_dict().items()) if isinstance(v, Tensor) and not v.is_meta]
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(lambda named: zlib.crc32(bytes_of(named[1])), tensors)
     content = hashlib.blake2b(type(teacher).__name__.encode(), digest_size=16)
-    for name, value in sorted(teacher.state_dict().items()):
-        if isinstance(value, Tensor) and not value.is_meta:
-            content.update(f"{name} {value.dtype} {tuple(value.shape)} {zlib.crc32(bytes_of(value))}".encode())
+    for (name, value), found in zip(tensors, sums, strict=True):
+        content.update(f"{name} {value.dtype} {tuple(value.shape)} {found}".encode())
     return content.hexdigest()
 
 
