@@ -121,6 +121,7 @@ sys.exit("torch" in sys.modules)
             {"method": "{name: KD, weight: {liner: [0, 1]}}"},
             "method.weight.liner: unknown key; did you mean 'linear' or",
         ),
+        ({"method": "{name: KD, weight: [1, 2]}"}, "the weight of KD is [1.0, 2.0]: expected a number"),
         ({"compare": "[{then: [KD], shars: [1]}]"}, "compare[0].shars: unknown key; did you mean 'shares'?"),
         ({"lr": "0.1"}, "tiny.yaml: lr: unknown key; it belongs under 'training'."),
         ({"weights": "a.pt"}, "weights: unknown key; it belongs under 'source' or 'target'."),
@@ -251,6 +252,13 @@ def test_methods_by_name_with_arguments_in_sums_and_in_sequence(read: Callable[.
     assert isinstance(chain, Then)
     assert chain.shares == (0.3, 0.7)
     assert [type(m) for m in (chain.methods[0], *chain.methods[1].methods)] == [Hints, KD, RKD]
+
+
+def test_the_weights_of_a_merge_are_those_of_its_models(read: Callable[..., Recipe]) -> None:
+    assert repr(built(read(with_lines(method="{name: TaskArithmetic, weight: [1, 3]}")))) == (
+        "TaskArithmetic(weight=[1.0, 3.0])"
+    )
+    assert repr(built(read(with_lines(method="{name: TaskArithmetic, weight: 0.5}")))) == "TaskArithmetic(weight=0.5)"
 
 
 def test_a_weight_may_follow_the_training(read: Callable[..., Recipe]) -> None:

@@ -347,6 +347,25 @@ def test_a_new_language_trains_its_rows_and_head_alone():
     assert sum(new) == 2 * 3 + 8 * CLASSES + CLASSES  # layers * K + head
 
 
+def test_with_finetune_a_new_language_changes_everything_in_the_end_and_not_before():
+    first = go(recognition()).model
+    seen = []
+
+    def keep(arm: str, seed: int, trainer: Any, record: Any) -> None:
+        state = trainer.run["artisan"].state_dict()
+        seen.append({name: t.clone() for name, t in state.items()})
+
+    options = {"steps": 6, "batch_size": 6, "lr": 0.05, "task": "token-classification", "listener": keep}
+    grown = transfer(MasterASR(finetune=0.5), None, first, {"new": speech(2)}, **options).model
+    before, halfway, after = first.state_dict(), seen[2], grown.state_dict()
+    kinds = ("body.", "scores.")
+    for name, t in before.items():
+        if name.startswith(kinds) and name.endswith(("weight", "_learned")) and "head" not in name:
+            assert torch.equal(halfway[name], t), name
+    assert any(not torch.equal(after[n], t) for n, t in before.items() if n.startswith("body."))
+    assert any(not torch.equal(after[n], t) for n, t in before.items() if n.startswith("scores."))
+
+
 def test_a_known_language_is_refused():
     first = go(recognition()).model
     with pytest.raises(InputError, match="knows one already"):
@@ -376,7 +395,9 @@ def test_it_learns_transcripts():
     assert digest(example.target) == target
 
 
-@pytest.mark.parametrize("given", [{"experts": 0}, {"sparsity": 1.0}, {"beta": 0}, {"gamma": 0}, {"loss": "other"}])
+@pytest.mark.parametrize(
+    "given", [{"experts": 0}, {"sparsity": 1.0}, {"beta": 0}, {"gamma": 0}, {"finetune": 1.0}, {"loss": "other"}]
+)
 def test_arguments_of_master_asr_are_checked(given):
     with pytest.raises(InputError, match=next(iter(given))):
         MasterASR(**given)

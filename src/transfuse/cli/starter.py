@@ -69,12 +69,11 @@ FILLED: dict[str, object] = {
 }
 """What stands for other arguments without a default, as the recipe of their family needs them."""
 PYTHON_ONLY = (
-    "AdapterFusion", "BottleneckAdapter", "ByteSpanKD", "CrossDConv", "EMoE", "GraftLLM", "LoRAShear", "LowRankClone",
-    "MasterASR", "NearSwap", "NeuralNuggets", "NeuronSpecialization", "Passthrough", "ScaLearn", "ScaleOut", "ScaleUp",
-    "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT", "TokAlign", "WeightSqueezing",
+    "AdapterFusion", "ByteSpanKD", "CrossDConv", "LowRankClone", "MasterASR", "NearSwap", "NeuronSpecialization",
+    "Passthrough", "ScaLearn", "SortedLogitsKD", "Subquadratic", "Swing", "TinyViT", "TokAlign",
 )  # fmt: skip
 """Methods with data or models made in Python: two readings of a text, how private tokens are, stored views, a teacher
-with other mixers, larger and smaller models of one family, banks of adapters, networks for volumes. Merges of one model
+with other mixers, larger and smaller Llamas, banks of adapters, tasks, networks for volumes. Merges of one model
 with the base are here as well: `transfuse merge` is there for them."""
 BESIDE = {"adapt": "[SourceOnly]", "continual": "[{name: FineTune}]", "synthesize": "[shuffled teacher]"}
 """What methods of a family are compared with."""

@@ -76,6 +76,7 @@ class MiniLLM(Distillation):
         if temperature <= 0 or prompt < 1 or (length is not None and length < 1):
             raise InputError("MiniLLM: temperature must be positive, prompt and length at least 1")
         self.mix, self.labels, self.normalised = mix, labels, normalised
+        self._mix = mix
         self.temperature, self.prompt, self.length, self.end = temperature, prompt, length, end
 
     def build(self, student: Outputs, teacher: Outputs) -> None:
@@ -98,13 +99,15 @@ class MiniLLM(Distillation):
 
     def answers(self, batch: Batch, run: Run) -> Batch:
         """The batch's prompts with answers drawn from teacher and student together."""
+        self._mix = 0.0 if run.shuffled else self.mix  # the control arm must not hear the teacher's words
         asked, mask = prompts(batch, self.prompt)
-        mix = 0.0 if run.shuffled else self.mix  # the control arm must not hear the teacher's words
         options = {"new_tokens": room(batch, mask, self.length), "temperature": self.temperature, "end": self.end}
         real = None if bool(mask.all()) else mask
-        if not mix:
+        if not self._mix:
             return answered(run.generate("target", asked, real, **options), mask, self.end)
-        texts = run.generate(("target", "source"), asked, real, fuse=lambda logits: _mixed(logits, mix), **options)
+        texts = run.generate(
+            ("target", "source"), asked, real, fuse=lambda logits: _mixed(logits, self._mix), **options
+        )
         return answered(texts, mask, self.end)
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, clock: Clock) -> Losses:
@@ -115,7 +118,7 @@ class MiniLLM(Distillation):
         with torch.no_grad():
             ours, theirs = -entropy, -label_entropy(teacher.learning, batch.labels)
             # w = q / (mix p + (1 - mix) q), from the difference of logarithms alone.
-            weight = 1 / (self.mix * (theirs - ours).exp() + 1 - self.mix)
+            weight = 1 / (self._mix * (theirs - ours).exp() + 1 - self._mix)
             future = later(torch.where(batch.mask, theirs - ours, 0), batch.mask, self.normalised)
         values = weight * (divergence + future * entropy)
         return {"minillm": Term.of(values, batch.mask, "late:token")}

@@ -21,7 +21,7 @@ from transfuse.core.files import make_folder, write_atomically
 from transfuse.core.interruption import Interrupted
 from transfuse.core.registry import call_named
 from transfuse.recipe.reading import explain, parse, read_text
-from transfuse.recipe.resolve import call, hugging_face
+from transfuse.recipe.resolve import accepts, call, hugging_face
 from transfuse.recipe.schema import Chain, Content, DataSpec, LessonSpec, ModelSpec, One, Ramp, SourceSpec
 
 if TYPE_CHECKING:
@@ -449,8 +449,12 @@ class Recipe:
         factory = catalogue.find(spec.name).load()
         # A class without an __init__ of its own takes no arguments, whatever torch's __init__ looks like.
         takes = factory if factory.__init__ is not Method.__init__ else (lambda: factory())
-        method: Method = call_named("method", {spec.name: takes}, spec.name, spec.__pydantic_extra__)
-        if spec.weight == 1.0:
+        given = dict(spec.__pydantic_extra__)
+        own = "weight" in spec.model_fields_set and "weight" in accepts(spec.name) and not isinstance(spec.weight, Ramp)
+        if own:  # the weights of the models in a merge
+            given["weight"] = spec.weight
+        method: Method = call_named("method", {spec.name: takes}, spec.name, given)
+        if own or spec.weight == 1.0:
             return method
         return method.weighted(spec.weight.schedule() if isinstance(spec.weight, Ramp) else spec.weight)
 

@@ -59,8 +59,12 @@ class Ramp(Part):
         return Linear(*self.linear) if self.linear else Cosine(*(self.cosine or ()))
 
 
+_WEIGHTS = {int: "<number>", float: "<number>", str: "<number>", list: "<list>"}
+"""Which form of a weight a value has, by its type."""
+
+
 class One(Part):
-    """One method: its name, its weight among others, and its arguments."""
+    """One method: its name, its weight among others (or, of a merge, of each model), and its arguments."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
@@ -68,14 +72,20 @@ class One(Part):
 
     name: str
     weight: Annotated[
-        Annotated[float, Tag("<number>")] | Annotated[Ramp, Tag("<ramp>")],
-        Discriminator(lambda value: "<number>" if isinstance(value, int | float | str) else "<ramp>"),
+        Annotated[float, Tag("<number>")] | Annotated[Ramp, Tag("<ramp>")] | Annotated[list[float], Tag("<list>")],
+        Discriminator(lambda value: _WEIGHTS.get(type(value), "<ramp>")),
     ] = 1.0
 
     @field_validator("name")
     @classmethod
     def _in_catalogue(cls, name: str) -> str:
         return catalogue.find(name).name
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> Self:
+        if isinstance(self.weight, list) and catalogue.find(self.name).family != "weights":
+            raise InputError(f"the weight of {self.name} is {self.weight}: expected a number, or {{linear: [0, 1]}}")
+        return self
 
 
 class Chain(Part):

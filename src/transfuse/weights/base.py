@@ -133,8 +133,8 @@ class Merge(Method):
             {
                 "kind": "bars",
                 "title": "What of each model is in the merge",
-                "note": "The merge's change along each model's own, as a share of it: 1 is all of it, 0 nothing, below 0 "
-                "the opposite.",
+                "note": "The merge's change along each model's own, as a share of it: 1 is all of it, 0 nothing, below "
+                "0 the opposite.",
                 "rows": ["after merging"],
                 "groups": models,
                 "values": [list(self._survival.values())],

@@ -140,7 +140,7 @@ def _ancestry(base: Checkpoint | None, models: Sequence[Checkpoint]) -> dict[str
 def survival(base: Checkpoint, models: Sequence[Checkpoint], merged: Checkpoint) -> dict[str, float]:
     """How much of what each model has learned since the base is in the merge, on the weights that a ledger looks at.
 
-        <merged - base, model - base> / ||model - base||^2          1: all, 0: nothing, below 0: the opposite
+    <merged - base, model - base> / ||model - base||^2          1: all, 0: nothing, below 0: the opposite
     """
     start, after, *samples = _samples([base, merged, *models])
     learned = [sample - start for sample in samples]

@@ -106,7 +106,8 @@ class MasterASR(Method):
     and only every `beta` updates; W (with all that is not masked) and the scores M in turn, `gamma` updates each,
     W first; output layers in every update. What is deployed is an :class:`Artisan`. With that as the target, the
     languages in the data are new ones: only their rows of T and their output layers are learned, and languages that it
-    knows stay bit-identical. A language for which no score is selected gets the most probable one.
+    knows stay bit-identical, unless `finetune` lets everything learn in the end (the paper's +ft). A language for which
+    no score is selected gets the most probable one.
 
     Args:
         layers: taps of the masked layers: the projections of self-attention.
@@ -114,6 +115,8 @@ class MasterASR(Method):
         experts: K, scores per layer.
         sparsity: share of the weights that a mask removes, in [0, 1).
         alpha, beta, gamma: see above.
+        finetune: share of the training, in [0, 1), in whose end new languages change everything: weights, scores and,
+            by them, the languages that the target knows.
         loss: `"ctc"`, where labels are transcripts `(batch, tokens)` of ids above 0 (0 is the blank), padded with -100,
             and the model gives `(batch, frames, classes)`, of which the batch's `frames` count, or all; `"labels"`,
             cross-entropy.
@@ -148,6 +151,7 @@ class MasterASR(Method):
         alpha: float = 10.0,
         beta: int = 5,
         gamma: int = 5000,
+        finetune: float = 0.0,
         loss: str = "ctc",
     ):
         super().__init__()
@@ -155,10 +159,12 @@ class MasterASR(Method):
             raise InputError(f"MasterASR: experts={experts}, beta={beta} and gamma={gamma} must be at least 1")
         if not 0 <= sparsity < 1 or not alpha > 0:
             raise InputError(f"MasterASR: sparsity is {sparsity}, in [0, 1), and alpha {alpha}, above 0")
+        if not 0 <= finetune < 1:
+            raise InputError(f"MasterASR: finetune is {finetune}, a share of the training in [0, 1)")
         if loss not in ("ctc", "labels"):
             raise InputError(f"MasterASR: loss is {loss!r}, it is 'ctc' or 'labels'")
         self.layers, self.head, self.experts, self.sparsity = layers, head, experts, sparsity
-        self.alpha, self.beta, self.gamma, self.loss = alpha, beta, gamma, loss
+        self.alpha, self.beta, self.gamma, self.finetune, self.loss = alpha, beta, gamma, finetune, loss
 
     @property
     def taught_in_turns(self) -> bool:
@@ -188,16 +194,24 @@ class MasterASR(Method):
             self.model.append(language)
         run.add("artisan", self.model)
 
+    def begin_stage(self, i: int, run: Run) -> bool:
+        return i == 0 or (i == 1 and self._known > 0 and self.finetune > 0)
+
     def stage(self, i: int, run: Run) -> Stage:
         model, streams = self.model, {"data": TaskBatches(self._tasks)}
         new = range(self._known, len(model.tasks))
         rows = [p for n in new for p in model.of_language(n, model.rows)]
         heads = [p for n in new for p in model.of_language(n, model.heads)]
         selection: dict[str, Any] = {"params": rows, "lr_scale": self.alpha, "weight_decay": 0.0}
-        if self._known:
-            return Stage(streams, [Phase("new", self.losses, [selection, {"params": heads}])], train=("artisan",))
+        groups: list[dict[str, Any]]
         weights, scores = [*model.body.parameters()], [*model.scores.parameters()]
-        groups: list[dict[str, Any]] = [{"params": weights}, {"params": scores, "weight_decay": 0.0}, {"params": heads}]
+        if self._known:
+            groups = [selection, {"params": heads}]
+            if i == 1:
+                groups += [{"params": weights}, {"params": scores, "weight_decay": 0.0}]
+            share = self.finetune if i == 1 else 1 - self.finetune
+            return Stage(streams, [Phase(("new", "all")[i], self.losses, groups)], share=share, train=("artisan",))
+        groups = [{"params": weights}, {"params": scores, "weight_decay": 0.0}, {"params": heads}]
         return Stage(
             streams,
             [
