@@ -165,6 +165,16 @@ def test_gradients_filters_and_weights_mean_what_they_say(models):
     assert [range_["model"] for range_ in content["slices"][0]] == ["b", "a"]  # the base is where t is 0
 
 
+def test_a_filter_of_mergekits_may_fit_nothing_and_a_pattern_of_ours_must_fit(models, tmp_path):
+    plain = merged(models, SLERP)
+    more = SLERP.replace("    - value: 0.5", "    - filter: block_sparse_moe\n      value: 0.9\n    - value: 0.5")
+    assert all(torch.equal(t, plain[k]) for k, t in merged(models, more).items())
+    file = models / "ours.yaml"
+    file.write_text("method: {name: SLERP, t: {'*block_sparse_moe*': 0.9, '*': 0.5}}\nmodels: [a, b]\n")
+    with pytest.raises(InputError, match="fits no tensor"):
+        MergeRecipe.read(file).run(tmp_path / "out")
+
+
 def test_slices_of_layers_are_stacked(models):
     found = merged(models, STACKED)
     a, b = state(models / "a"), state(models / "b")

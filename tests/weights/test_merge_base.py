@@ -6,7 +6,7 @@ from helpers import CNN, images
 
 from transfuse import transfer
 from transfuse.core.errors import InputError
-from transfuse.weights import Linear, TaskArithmetic
+from transfuse.weights import SLERP, Linear, TaskArithmetic, merge
 from transfuse.weights.base import settled
 from transfuse.weights.checkpoint import InMemory
 from transfuse.weights.engine import depths_of
@@ -25,6 +25,16 @@ def test_a_merge_is_made_for_one_tensor_and_checked_by_its_own_arguments():
     method = Linear([{"depth": [0.0, 1.0]}, {"depth": [1.0, 0.0]}])
     assert method.at("x", 0.25).weight == [0.25, 0.75]
     assert Linear(0.5).at("x", 0.25).weight == 0.5
+
+
+def test_a_pattern_that_fits_no_tensor_is_refused():
+    a = {f"layers.{i}.w": torch.randn(4, 4) for i in range(2)}
+    b = {k: v + 0.1 for k, v in a.items()}
+    with pytest.raises(InputError, match=r"the pattern 'layer.0.\*' fits no tensor; did you mean 'layers.0.w'"):
+        merge(SLERP(t={"layers.1.*": 0.2, "*": {"layer.0.*": 0.1, "*": 0.5}}), [a, b])
+    every = SLERP(t={"layers.0.*": 0.2, "layers.1.*": 0.2, "*": 0.5})  # the rest may be nothing
+    assert set(merge(every, [a, b]).state) == set(a)
+    assert SLERP(t={"x": 0.2, "*": 0.5}).without(["x"]).t == {"*": 0.5}
 
 
 def test_depths_run_from_the_first_numbered_layer_to_the_last():

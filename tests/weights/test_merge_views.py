@@ -271,6 +271,11 @@ def test_adapters_that_are_no_sum_or_speak_of_something_else_are_refused(tmp_pat
     adapter(tmp_path / "lora", llama())
     with pytest.raises(InputError, match=r"speaks of 'model.layers.1"):
         WithAdapter(InMemory(llama(num_hidden_layers=1), "small"), tmp_path / "lora")
+    with pytest.raises(InputError, match=r"changes 'model.layers.0.* as \(.*\), wide has \("):
+        WithAdapter(InMemory(llama(intermediate_size=64), "wide"), tmp_path / "lora")
+    codes = {k: t.to(torch.int8) if "proj" in k else t for k, t in llama().state_dict().items()}
+    with pytest.raises(CapabilityError, match=r"is quantised \(int8\)"):
+        WithAdapter(InMemory(codes, "int8"), tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     tensors.pop(next(k for k in tensors if "lora_B" in k))
     save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")

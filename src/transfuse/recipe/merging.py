@@ -83,11 +83,13 @@ class MergeRecipe:
     Attributes:
         folder: what paths in it are relative to.
         notes: what a recipe of mergekit's asked for that means nothing here.
+        lenient: whether its patterns may fit no tensor, as mergekit's filters may.
     """
 
     spec: MergeSpec
     folder: Path
     notes: Sequence[str] = ()
+    lenient: bool = False
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -99,13 +101,13 @@ class MergeRecipe:
         path = Path(path)
         content = parse(read_text(path), path)
         notes: list[str] = []
-        if is_mergekit(content):
+        if theirs := is_mergekit(content):
             content, notes = translated(content)
         try:
             spec = MergeSpec.model_validate(content)
         except ValidationError as error:
             raise InputError(f"{path}: " + "; ".join(explain(details) for details in error.errors())) from None
-        return cls(spec, path.parent, notes)
+        return cls(spec, path.parent, notes, theirs)
 
     @property
     def method(self) -> Merge:
@@ -158,7 +160,7 @@ class MergeRecipe:
             raise InputError("where to? Give the recipe an 'out', or pass --out FOLDER")
         base, models = self.parents()
         return merge(
-            self.method,
+            self._fitting(base or models[0]),
             models,
             base,
             target,
@@ -176,7 +178,21 @@ class MergeRecipe:
         from transfuse.weights.engine import Plan
 
         base, models = self.parents()
-        return Plan.of(self.method, models, base, self.spec.dtype, force or self.spec.force, self.spec.vocabulary)
+        return Plan.of(
+            self._fitting(base or models[0]),
+            models,
+            base,
+            self.spec.dtype,
+            force or self.spec.force,
+            self.spec.vocabulary,
+        )
+
+    def _fitting(self, reference: Checkpoint) -> Merge:
+        """The method, of a lenient recipe without the patterns that fit nothing."""
+        from transfuse.weights.engine import named
+
+        method = self.method
+        return method.without(method.unknown_patterns(named(reference))) if self.lenient else method
 
     def _opened(self, spec: ParentSpec) -> Checkpoint:
         from transfuse.weights.folder import open_checkpoint

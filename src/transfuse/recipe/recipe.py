@@ -449,14 +449,14 @@ class Recipe:
         factory = catalogue.find(spec.name).load()
         # A class without an __init__ of its own takes no arguments, whatever torch's __init__ looks like.
         takes = factory if factory.__init__ is not Method.__init__ else (lambda: factory())
-        given = dict(spec.__pydantic_extra__)
-        own = "weight" in spec.model_fields_set and "weight" in accepts(spec.name) and not isinstance(spec.weight, Ramp)
-        if own:  # the weights of the models in a merge
-            given["weight"] = spec.weight
+        given: dict[str, Any] = dict(spec.__pydantic_extra__)
+        weight: Any = spec.weight.schedule() if isinstance(spec.weight, Ramp) else spec.weight
+        # Of a merge it is an argument: the weights of its models.
+        own = isinstance(weight, list) or (isinstance(weight, float) and "weight" in accepts(spec.name))
+        if own and "weight" in spec.model_fields_set:
+            given["weight"] = weight
         method: Method = call_named("method", {spec.name: takes}, spec.name, given)
-        if own or spec.weight == 1.0:
-            return method
-        return method.weighted(spec.weight.schedule() if isinstance(spec.weight, Ramp) else spec.weight)
+        return method if own or weight == 1.0 else method.weighted(weight)
 
     def _source(self, name: str, spec: SourceSpec) -> Any:
         """A model, or labelled data."""

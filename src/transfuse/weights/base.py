@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import pairwise
@@ -66,11 +66,24 @@ class Merge(Method):
         Args:
             depth: where in the network it is, from 0 (the first layer, and what is in none) to 1 (the last).
         """
-        named = _arguments(type(self))
-        given = {name: getattr(self, name) for name in named if hasattr(self, name)}  # some have no arguments
+        given = self._given()
         if not any(isinstance(part, Mapping) for value in given.values() for part in _parts(value)):
             return self
         return type(self)(**{name: settled(value, key, depth, name) for name, value in given.items()})
+
+    def unknown_patterns(self, names: Collection[str]) -> list[str]:
+        """The patterns in its arguments that fit none of these names; `"*"` is the rest, which may be nothing."""
+        patterns = {p for value in self._given().values() for p in _patterns(value)}
+        return sorted(p for p in patterns if p != "*" and not any(fnmatchcase(name, p) for name in names))
+
+    def without(self, patterns: Collection[str]) -> Self:
+        """The same without some patterns."""
+        return type(self)(**{name: _without(value, patterns) for name, value in self._given().items()})
+
+    def _given(self) -> dict[str, Any]:
+        """Its arguments by name."""
+        kind: Any = type(self)
+        return {name: getattr(self, name) for name in _arguments(kind) if hasattr(self, name)}  # some have none
 
     def setup(self, run: Run, sample: Batch | None) -> None:
         from transfuse.weights.engine import Plan  # it stands on this module
@@ -178,6 +191,24 @@ def _interpolated(values: Sequence[float], depth: float, name: str) -> float:
     low = min(int(place), len(values) - 2)
     (a, b), share = list(pairwise(values))[low], place - low
     return float(a + (b - a) * share)
+
+
+def _patterns(value: Setting) -> Iterator[str]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _patterns(part)
+    elif isinstance(value, Mapping) and value.keys() != {"depth"}:
+        for pattern, inner in value.items():
+            yield pattern
+            yield from _patterns(inner)
+
+
+def _without(value: Setting, patterns: Collection[str]) -> Setting:
+    if isinstance(value, list | tuple):
+        return [_without(part, patterns) for part in value]
+    if isinstance(value, Mapping) and value.keys() != {"depth"}:
+        return {pattern: _without(inner, patterns) for pattern, inner in value.items() if pattern not in patterns}
+    return value
 
 
 def _parts(value: Setting) -> Sequence[Any]:

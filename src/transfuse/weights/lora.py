@@ -82,6 +82,14 @@ class Adapter:
                     )
                 self.replaced[name.replace(".base_layer.", ".")] = value
 
+    def shape(self, key: str) -> tuple[int, int]:
+        """Rows of a weight that is changed, and entries of each."""
+        if key in self.replaced:
+            return len(self.replaced[key]), self.replaced[key][0].numel()
+        delta = self.deltas[key]
+        rows, columns = delta.b.shape[0], delta.a.shape[1]
+        return (columns, rows) if delta.turned else (rows, columns)
+
     def _delta(self, module: str, a: Tensor, b: Tensor, embedding: bool) -> Delta:
         rank = self._of_module("rank_pattern", module, self.config["r"])
         alpha = self._of_module("alpha_pattern", module, self.config["lora_alpha"])
@@ -102,6 +110,7 @@ class WithAdapter(View):
 
     Raises:
         InputError: the adapter speaks of weights that the checkpoint has not, or of other shapes.
+        CapabilityError: a weight that it changes is quantised.
     """
 
     def __init__(self, inner: Checkpoint, adapter: Adapter | str | Path):
@@ -117,6 +126,15 @@ class WithAdapter(View):
                 raise InputError(
                     f"{self.adapter.folder} speaks of {key!r}, {inner.name} has {nearest(key, inner.tensors)}"
                 )
+            spec = inner.tensors[key]
+            if not spec.dtype.is_floating_point:
+                raise CapabilityError(
+                    f"{key!r} of {inner.name} is quantised ({str(spec.dtype).removeprefix('torch.')}), and nothing can "
+                    "be added to its codes: fold the adapter into the model in 16 bits, and quantise that"
+                )
+            given = self.adapter.shape(key)
+            if (spec.shape[0], torch.Size(spec.shape[1:]).numel()) != given:
+                raise InputError(f"{self.adapter.folder} changes {key!r} as {given}, {inner.name} has {spec.shape}")
 
     def read(self, key: str) -> Tensor:
         tensor = self.adapter.replaced[key] if key in self.adapter.replaced else self.inner.read(key)
