@@ -281,3 +281,27 @@ def test_the_python_entrance_is_at_the_top():
     import transfuse
 
     assert transfuse.merge(Linear(), [{"w": torch.ones(2)}, {"w": torch.zeros(2)}]).state["w"].tolist() == [0.5, 0.5]
+
+
+def test_adapters_are_merged_into_an_adapter(models, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    for seed, name in enumerate(("one", "two")):
+        adapted = get_peft_model(llama(num_hidden_layers=4), LoraConfig(r=2, target_modules=["q_proj"]))
+        for key, p in adapted.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(seed))
+        adapted.save_pretrained(models / name)
+    both = "models: [{model: base, adapter: one}, {model: base, adapter: two}]\nbase: base\n"
+    file = models / "adapters.yaml"
+    file.write_text(f"method: TaskArithmetic\n{both}lora: 4\n")
+    assert "an adapter of rank 4 to write" in CliRunner().invoke(app, ["merge", str(file), "--dry-run"]).output
+    done = CliRunner().invoke(app, ["merge", str(file), "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["lost"][""] < 1e-5
+    loaded = PeftModel.from_pretrained(llama(num_hidden_layers=4), tmp_path / "out").merge_and_unload().state_dict()
+    expected = merged(models, f"method: TaskArithmetic\n{both}")
+    assert all(torch.allclose(loaded[key], t, atol=1e-5) for key, t in expected.items())
+    file.write_text(f"method: TaskArithmetic\n{both}lora: 1\n")
+    done = CliRunner().invoke(app, ["merge", str(file), "--out", str(tmp_path / "narrow")])
+    assert "of the change is not in it. Load it with PEFT." in " ".join(done.stdout.split()), done.output

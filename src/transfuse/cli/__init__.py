@@ -330,7 +330,9 @@ def merge(
             say(out, json.dumps({"ok": True, "bytes": plan.bytes, "memory": plan.memory(), **plan.ledger.as_json()}))
         else:
             out.print(ledger(plan.ledger))
-            say(out, f"This merge fits: {plan.bytes / 2**30:.2f} GB to write. Next: transfuse merge {recipe}")
+            rank = found.spec.lora
+            size = f"{plan.bytes / 2**30:.2f} GB" if rank is None else f"an adapter of rank {rank}"
+            say(out, f"This merge fits: {size} to write. Next: transfuse merge {recipe}")
         return
     with _bytes_done(not quiet) as progress:
         merged = found.run(folder, resume, force, None if quiet else lambda text: say(err, text), progress)
