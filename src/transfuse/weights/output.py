@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class _File:
             at += len(content)
         if at != end:
             raise StoreError(f"the merged {key!r} has {at - begin} bytes, its place {end - begin}")
-        if hasattr(os, "posix_fadvise"):  # begins to write to the disk, so that the end has less to wait for
+        with suppress(AttributeError, OSError):  # a system that can begins to write: the end has less to wait for
             os.posix_fadvise(self._file, self._first + begin, end - begin, os.POSIX_FADV_DONTNEED)
         return crc
 
