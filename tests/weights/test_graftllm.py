@@ -53,6 +53,23 @@ def test_at_full_rank_and_precision_it_is_the_tuned_model_and_taken_off_it_is_th
     assert digest(base) == before
 
 
+def test_layers_that_keep_their_weight_the_other_way_round_are_compressed_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    base, draw = GPT2LMHeadModel(config), torch.Generator().manual_seed(0)
+    source = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in source.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=draw)
+    options = {"attention": ["*attn*"], "mlp": ["*mlp*"]}
+    model = transfer(GraftLLM(1.0, 1.0, EXACT, other="keep", **options), source, base, TEXT, test=TEXT).model
+    for block in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):  # one of them is square
+        name = f"transformer.h.1.{block}.weight"
+        assert torch.allclose(model.get_parameter(name), source.get_parameter(name), atol=1e-5), name
+        assert name.replace(".", "/") + "|turned" in model.skill_pack.tensors
+
+
 def test_packs_come_off_in_any_order_and_add_up_while_they_are_on():
     packs = {str(s): grafted(GraftLLM(1.0, 1.0, EXACT, other="drop"), tuned(s)).skill_pack for s in (1, 2)}
     base = language_model(depth=2)

@@ -18,6 +18,7 @@ from transfuse.core.output_layer import find_output_layer
 from transfuse.core.run import Run
 from transfuse.core.streams import Draw
 from transfuse.weights.factors import Factors
+from transfuse.weights.layout import transposed
 from transfuse.weights.skillpack import Plan, SkillPack, compressed, fingerprint, planned
 from transfuse.weights.task_vectors import TaskVectors
 
@@ -163,7 +164,8 @@ class GraftLLM(Method):
     def _projections(self, target: nn.Module, sample: Batch) -> dict[str, float]:
         """Paths of the layers to compress, in the order in which they run, with the share of values they keep."""
         head = find_output_layer(target, sample.inputs)
-        linear = {n: m for n, m in target.named_modules() if type(m) is nn.Linear and m is not head}
+        modules = dict(target.named_modules())
+        linear = [n for n, m in modules.items() if (type(m) is nn.Linear or transposed(m)) and m is not head]
         found: dict[str, float] = {}
         for kind, patterns, share in (
             ("attention", self.attention, self.attention_rank),
@@ -194,6 +196,9 @@ class GraftLLM(Method):
         options = {"group": self.group, "symmetric": self.symmetric, "damp": self.damp, "act_order": self.act_order}
         for block, path in weights.items():
             change = vectors.difference(0, block)
+            if transposed(run["target"].get_submodule(path)):
+                change = change.T
+                self.stored[f"{_key(block)}|turned"] = torch.ones(1, dtype=torch.uint8)
             factors = Factors.of(change).top(max(1, round(self._shares[path] * min(change.shape))))
             gram = self._gram(path, batches, composed, run)
             for name, tensor in compressed(factors, gram, self.groups, **options).items():

@@ -28,8 +28,9 @@ class SkillPack:
         W = W_base + sum over groups g of U_g diag(s_g) V_g^T
 
     Attributes:
-        tensors: as stored, by `"<parameter>|<group>|u/codes"`, ...; other parameters have `"<parameter>|values"`, and
-            `"<parameter>|index"` where only some entries change. Dots in names are slashes.
+        tensors: as stored, by `"<parameter>|<group>|u/codes"`, ..., with `"<parameter>|turned"` where a layer keeps its
+            weight as `(in, out)`; other parameters have `"<parameter>|values"`, and `"<parameter>|index"` where only
+            some entries change. Dots in names are slashes.
         base: fingerprint of the base.
         config: how it was made.
     """
@@ -56,13 +57,14 @@ class SkillPack:
                 return values.view(like.shape)
             index = self.tensors[f"{key}|index"].long().to(like.device)
             return torch.zeros(like.numel(), device=like.device).scatter(0, index, values).view(like.shape)
-        total = torch.zeros(like.shape, device=like.device)
+        turned = f"{key}|turned" in self.tensors
+        total = torch.zeros(like.T.shape if turned else like.shape, device=like.device)
         number = 0
         while (prefix := f"{key}|{number}|") + "s" in self.tensors:
             u, v = (Quantised.read(self.tensors, f"{prefix}{n}/").dense() for n in "uv")
-            total += ((u * self.tensors[prefix + "s"].float()) @ v).to(like.device).view(like.shape)
+            total += ((u * self.tensors[prefix + "s"].float()) @ v).to(like.device).view(total.shape)
             number += 1
-        return total
+        return total.T if turned else total
 
     def require(self, model: nn.Module) -> None:
         """Check that a model is the base it was made for.
