@@ -112,9 +112,9 @@ def trial(seed: int, smoke: bool, part: str = "test") -> Mapping[str, Numbers]:
     train = {s: lines(s, "train", many, 0) for s in SOURCES}
     with rng.scope(seed):
         fresh = Recogniser()
-    joint = learned(MasterASR(**DENSE), fresh, train, smoke, seed, steps=700, lr=2e-3)
-    further = learned(MasterASR(**DENSE), joint.body, train, smoke, seed, steps=500, lr=1e-3)
-    master = learned(MasterASR(gamma=125), joint.body, train, smoke, seed, steps=500, lr=1e-3)
+    joint = learned(MasterASR(**DENSE), fresh, train, smoke, seed, steps=2000, lr=2e-3)
+    further = learned(MasterASR(**DENSE), joint.body, train, smoke, seed, steps=1500, lr=1e-3)
+    master = learned(MasterASR(gamma=125), joint.body, train, smoke, seed, steps=1500, lr=1e-3)
     rows = torch.cat([p.detach().sigmoid() for p in master.rows.parameters()])
     found: dict[str, dict[str, float]] = {
         OURS: {"error of known alphabets": known(master, part, smoke), "deviation of T": float(rows.std())},
@@ -133,7 +133,7 @@ def trial(seed: int, smoke: bool, part: str = "test") -> Mapping[str, Numbers]:
         errors = []
         for script in NEW:
             data = {script: lines(script, "train", few, seed)}
-            model = learned(method, start, data, smoke, seed, steps=150, lr=lr)
+            model = learned(method, start, data, smoke, seed, steps=300, lr=lr)
             errors.append(error_rate(model.of(script), lines(script, part, tested, 99)))
         found.setdefault(arm, {})
         found[arm] |= {"character error rate": sum(errors) / len(errors), "trainable parameters": counts[arm]}
@@ -151,8 +151,8 @@ PROOF = Study(
         "not speech: lines of 3 to 5 random letters at 14 pixels, read column by column as frames (18 after two "
         "convolutions), so CTC must align them. Four alphabets with 1,500 lines each in place of 51 languages, then "
         "small Greek and small Cyrillic letters with 64 lines each; tested on 150 lines in fonts of other families. "
-        "Two blocks of width 64, trained jointly for 700 updates, then 500 with K = 8, 30 % of the masked weights "
-        "removed and turns of 125 updates, or 500 dense; 150 updates for a new alphabet"
+        "Two blocks of width 64, trained jointly for 2,000 updates, then 1,500 with K = 8, 30 % of the masked weights "
+        "removed and turns of 125 updates, or 1,500 dense; 300 updates for a new alphabet"
     ),
     trial=trial,
     arms=(OURS, HEAD, FULL, SCRATCH),
@@ -162,8 +162,14 @@ PROOF = Study(
     expected=(
         "lower error on the new alphabets than the output layer alone, with 32 more trainable numbers; on the known "
         "ones within a point of the dense encoder that trained as long. All weights or scratch: no claim at "
-        "this size. No "
-        "setting was tuned"
+        "this size. No setting was tuned"
     ),
-    notes="",
+    notes=(
+        "A first run with a third of the budget was undertrained: known alphabets had an error of 0.28 (dense) and "
+        "0.38. Now the sparse network, without 30 % of its masked weights, reads them within a point of the dense one "
+        "(0.065 to 0.060), as expected. On new alphabets rows of T are no better than the output layer alone (0.249 "
+        "to 0.239), and neither are all weights (0.234): with 64 lines each, the encoder that reads four alphabets is "
+        "good enough as it is, and eight masks that differ little (deviation of sigmoid(T) 0.05) leave little to "
+        "select. From scratch nothing is read (0.86)."
+    ),
 )
