@@ -144,5 +144,10 @@ PROOF = Study(
         "than random masks; alphabets that look alike share more neurons: a rank correlation above 0. No label "
         "smoothing and the default k of 95 %; no setting was tuned"
     ),
-    notes="",
+    notes=(
+        "As expected, but for a gain: 0.904 on average, within noise of the dense network continued for as long, be "
+        "its batches of one alphabet (0.900) or mixed (0.909), and clearly above random masks of equal sparsity "
+        "(0.893, the interval is above 0). Masks know which alphabets look alike: the rank correlation of their "
+        "overlap with likeness is 0.47 to 0.68, of random masks' 0.01 to 0.11."
+    ),
 )
