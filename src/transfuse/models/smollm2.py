@@ -101,6 +101,10 @@ def _loaded() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32, local_files_only=True)
+    # Its weights are plain by now; with these marks it could neither be saved nor trained.
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
     model.tokenizer = smollm2_tokenizer()
     return model.eval()
 
