@@ -115,8 +115,8 @@ class MasterASR(Method):
         experts: K, scores per layer.
         sparsity: share of the weights that a mask removes, in [0, 1).
         alpha, beta, gamma: see above.
-        finetune: share of the training, in [0, 1), in whose end new languages change everything: weights, scores and,
-            by them, the languages that the target knows.
+        finetune: last share of the training, in [0, 1), in which new languages change everything: weights, scores and,
+            by them, how the known languages are read.
         loss: `"ctc"`, where labels are transcripts `(batch, tokens)` of ids above 0 (0 is the blank), padded with -100,
             and the model gives `(batch, frames, classes)`, of which the batch's `frames` count, or all; `"labels"`,
             cross-entropy.
