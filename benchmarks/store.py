@@ -49,7 +49,7 @@ def measure(repeats: int | None = None, smoke: bool = False) -> Result:
         tokens = data.numel()
         result.add("bytes per token / 50", 1.0, [(store.shards.size / tokens, 50.0)])
 
-        first, others = building(teacher, data, Path(folder) / "again", 1 if smoke else 3)
+        first, others = building(teacher, data, Path(folder) / "again", repeats)
         result.add("a batch of a build / of the bare teacher", 1 / 0.95, others)
         result.add("the first, with what is read before / of the bare teacher", 2.0, first)
         few, many = (reading(Path(folder) / str(n), n, vocabulary) for n in ((16, 32) if smoke else (200, 2000)))

@@ -587,13 +587,18 @@ def test_the_average_is_returned_and_is_that_of_the_weights():
     assert torch.allclose(student.fc.weight, expected, atol=1e-6)
 
 
-def test_keep_best_returns_the_best_validated_state():
-    class Keeping(Labels):
-        def stage(self, i: int, run: Any) -> Stage:
-            stage = super().stage(i, run)
-            stage.keep = "best"
-            return stage
+class Keeping(Labels):
+    def __init__(self, keep: str):
+        super().__init__()
+        self.keep = keep
 
+    def stage(self, i: int, run: Any) -> Stage:
+        stage = super().stage(i, run)
+        stage.keep = self.keep
+        return stage
+
+
+def test_keep_best_returns_the_best_validated_state():
     states: list[str] = []
     scores = iter([1.0, 5.0, 2.0, 5.0])
 
@@ -601,21 +606,17 @@ def test_keep_best_returns_the_best_validated_state():
         states.append(digest(model))
         return next(scores)
 
-    run = trainer(Keeping(), CNN(), None, images(), validate=validate, validate_every=1, steps=4)
+    run = trainer(Keeping("best"), CNN(), None, images(), validate=validate, validate_every=1, steps=4)
     assert digest(run.fit()) == states[1]
     assert [r["validate"] for r in run.history] == [1.0, 5.0, 2.0, 5.0]
 
 
 def test_the_state_before_a_stage_may_be_the_best():
-    class Keeping(Labels):
-        def stage(self, i: int, run: Any) -> Stage:
-            stage = super().stage(i, run)
-            stage.keep = "best or start"
-            return stage
-
     student, scores = CNN(), iter([4.0, 1.0, 3.0])
     before = digest(student)
-    run = trainer(Keeping(), student, None, images(), validate=lambda _: next(scores), validate_every=1, steps=2)
+    run = trainer(
+        Keeping("best or start"), student, None, images(), validate=lambda _: next(scores), validate_every=1, steps=2
+    )
     assert digest(run.fit()) == before
     assert [r["validate"] for r in run.history] == [1.0, 3.0]
 

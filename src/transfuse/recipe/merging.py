@@ -189,10 +189,8 @@ class MergeRecipe:
 
     def _fitting(self, reference: Checkpoint) -> Merge:
         """The method, of a lenient recipe without the patterns that fit nothing."""
-        from transfuse.weights.engine import named
-
         method = self.method
-        return method.without(method.unknown_patterns(named(reference))) if self.lenient else method
+        return method.without(method.unknown_patterns(reference.names)) if self.lenient else method
 
     def _opened(self, spec: ParentSpec) -> Checkpoint:
         from transfuse.weights.folder import open_checkpoint

@@ -56,6 +56,11 @@ class Checkpoint:
         """
         raise NotImplementedError
 
+    @property
+    def names(self) -> list[str]:
+        """All that it has tensors for, tied names included."""
+        return [*self.tensors, *self.tied]
+
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
 

@@ -176,9 +176,8 @@ class Plan:
             key: Spec(spec.shape, floating if floating and spec.dtype.is_floating_point else spec.dtype)
             for key, spec in reference.tensors.items()
         }
-        names = named(reference)
-        for pattern in method.unknown_patterns(names):
-            raise InputError(f"{name}: the pattern {pattern!r} fits no tensor; {nearest(pattern, names)}")
+        for pattern in method.unknown_patterns(reference.names):
+            raise InputError(f"{name}: the pattern {pattern!r} fits no tensor; {nearest(pattern, reference.names)}")
         depths = depths_of(reference)
         for key in ledger.merged:  # tensors that no pattern fits, and numbers that are out of range
             method.at(key, depths[key])
@@ -341,11 +340,6 @@ def whole(spec: Spec, pieces: Iterator[Tensor]) -> Tensor:
     if at != len(flat):
         raise StoreError(f"a merged tensor has {at} entries or more, {len(flat)} were expected")
     return tensor
-
-
-def named(checkpoint: Checkpoint) -> list[str]:
-    """What patterns may speak of: all tensors, tied ones included."""
-    return [*checkpoint.tensors, *checkpoint.tied]
 
 
 def depths_of(checkpoint: Checkpoint) -> dict[str, float]:
